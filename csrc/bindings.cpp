@@ -1,0 +1,132 @@
+// megatron_smol._csrc: the numpy face of blend.cpp and order.cpp. Arguments are checked here or there and turn into
+// ValueError; the work runs without the GIL, so that a prefetching thread does not stop the trainer.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "blend.h"
+#include "order.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// No forcecast: an array of another type is an error, not a silent copy that may have lost bits.
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+py::tuple blend_period(const std::vector<std::int64_t>& numerators) {
+  smol::Period period;
+  {
+    py::gil_scoped_release nogil;
+    period = smol::build_period(numerators);
+  }
+  const auto slots = static_cast<py::ssize_t>(period.source.size());
+  return py::make_tuple(py::array_t<std::uint16_t>(slots, period.source.data()),
+                        py::array_t<std::int32_t>(slots, period.ordinal.data()));
+}
+
+py::tuple blend_lookup(const Array<std::uint16_t>& period_source, const Array<std::int32_t>& period_ordinal,
+                       const std::vector<std::int64_t>& numerators, std::int64_t start, std::int64_t stop) {
+  const std::int64_t period = period_source.size();
+  if (period < 1 || period_ordinal.size() != period) throw std::invalid_argument("blend_lookup: broken period");
+  if (start < 0 || stop < start) {
+    throw std::invalid_argument("samples [" + std::to_string(start) + ", " + std::to_string(stop) + ") are not a range");
+  }
+  const std::uint16_t* slots = period_source.data();
+  py::array_t<std::uint16_t> source(stop - start);
+  py::array_t<std::int64_t> ordinal(stop - start);
+  std::uint16_t* out_source = source.mutable_data();
+  std::int64_t* out_ordinal = ordinal.mutable_data();
+  const std::int32_t* ordinals = period_ordinal.data();
+  {
+    py::gil_scoped_release nogil;
+    std::int64_t turn = start / period, slot = start % period;
+    for (std::int64_t i = 0; i < stop - start; ++i) {
+      if (slots[slot] >= numerators.size()) throw std::invalid_argument("blend_lookup: period names an unknown source");
+      out_source[i] = slots[slot];
+      out_ordinal[i] = turn * numerators[slots[slot]] + ordinals[slot];
+      if (++slot == period) {
+        slot = 0;
+        ++turn;
+      }
+    }
+  }
+  return py::make_tuple(std::move(source), std::move(ordinal));
+}
+
+py::tuple build_blending_indices(const std::vector<double>& weights, std::int64_t size) {
+  if (size < 0) throw std::invalid_argument("size must not be negative, got " + std::to_string(size));
+  py::array_t<std::int16_t> source(size);
+  py::array_t<std::int64_t> ordinal(size);
+  std::int16_t* out_source = source.mutable_data();
+  std::int64_t* out_ordinal = ordinal.mutable_data();
+  {
+    py::gil_scoped_release nogil;
+    smol::build_blending_indices(weights, size, out_source, out_ordinal);
+  }
+  return py::make_tuple(std::move(source), std::move(ordinal));
+}
+
+using LayoutTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::uint64_t>;
+
+py::tuple lookup_windows(const std::vector<LayoutTuple>& layouts, const Array<std::uint16_t>& source,
+                         const Array<std::int64_t>& position) {
+  const std::int64_t count = position.size();
+  if (source.size() != count) throw std::invalid_argument("lookup_windows: source and position differ in length");
+  std::vector<smol::Layout> checked;
+  checked.reserve(layouts.size());
+  for (const auto& [pages, windows_per_page, block_pages, key] : layouts) {
+    checked.push_back({pages, windows_per_page, block_pages, key});
+  }
+  py::array_t<std::int64_t> epoch(count), window(count);
+  const std::uint16_t* in_source = source.data();
+  const std::int64_t* in_position = position.data();
+  std::int64_t* out_epoch = epoch.mutable_data();
+  std::int64_t* out_window = window.mutable_data();
+  {
+    py::gil_scoped_release nogil;
+    smol::lookup_windows(checked, in_source, in_position, count, out_epoch, out_window);
+  }
+  return py::make_tuple(std::move(epoch), std::move(window));
+}
+
+py::array_t<std::int64_t> permute(std::uint64_t size, std::uint64_t key, const Array<std::int64_t>& index) {
+  const smol::KeyedPermutation permutation(size, key);
+  const std::int64_t count = index.size();
+  py::array_t<std::int64_t> out(count);
+  const std::int64_t* in = index.data();
+  std::int64_t* result = out.mutable_data();
+  py::gil_scoped_release nogil;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (in[i] < 0 || static_cast<std::uint64_t>(in[i]) >= size) {
+      throw std::invalid_argument("permute: " + std::to_string(in[i]) + " is not in [0, " + std::to_string(size) + ")");
+    }
+    result[i] = static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(in[i])));
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_csrc, m) {
+  m.doc() = "The data order in C++: stage mixtures and keyed permutations (see data/blend.py and data/order.py).";
+  m.def("blend_period", &blend_period, py::arg("numerators"),
+        "(source uint16[D], ordinal int32[D]): one period, D = sum of the numerators.");
+  m.def("blend_lookup", &blend_lookup, py::arg("period_source").noconvert(), py::arg("period_ordinal").noconvert(),
+        py::arg("numerators"), py::arg("start"), py::arg("stop"),
+        "(source uint16[n], ordinal int64[n]) of the samples [start, stop).");
+  m.def("build_blending_indices", &build_blending_indices, py::arg("weights"), py::arg("size"),
+        "(int16[size], int64[size]), bit-equal to megatron-core's.");
+  m.def("lookup_windows", &lookup_windows, py::arg("layouts"), py::arg("source").noconvert(),
+        py::arg("position").noconvert(),
+        "(epoch int64[n], window int64[n]); layouts: (pages, windows_per_page, block_pages, key) by source.");
+  m.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("index").noconvert(),
+        "The keyed permutation of [0, size) at each index.");
+}

@@ -1,0 +1,175 @@
+"""What a checkpoint is on disk: complete or absent, described by JSON a person can read.
+
+    checkpoints/stable-1-00000050/
+        state.json       stage, step, tokens, ledger, model, layout: everything that is not a tensor
+        complete.json    every file's size and SHA-256; written last, so its presence means "whole"
+        *.distcp .metadata common.pt metadata.json     megatron-core's distributed format (torch_dist)
+
+A save happens in `.writing-<name>` and is renamed into place. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smol.errors import CheckpointError
+
+STATE, COMPLETE, WRITING = "state.json", "complete.json", ".writing-"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint: its folder and what state.json says."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(index of the stage, lineage step): later is larger, across branches too."""
+        return int(self.state["stage_index"]), int(self.state["step"])
+
+    @property
+    def stage(self) -> str:
+        return str(self.state["stage"])
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def checkpoint_name(stage: str, step: int) -> str:
+    return f"{stage}-{step:08d}"
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint by its folder, with a clear word for what is not one."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}; published ones: {_names(path.parent)}")
+    if not (path / COMPLETE).is_file():
+        raise CheckpointError(
+            f"{path} has no {COMPLETE}, so it was not written to the end or is not a checkpoint of this "
+            f"package; published ones beside it: {_names(path.parent)}"
+        )
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read ({error}); use another checkpoint") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads format {FORMAT}")
+    return Checkpoint(path, state)
+
+
+def verify_files(path: Path) -> None:
+    """Compare every file with complete.json; raises CheckpointError naming the first that differs."""
+    files = json.loads((path / COMPLETE).read_text())["files"]
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        found = file.stat().st_size
+        if found != expected["bytes"]:
+            raise CheckpointError(f"{file} has {found} bytes, {expected['bytes']} were written")
+        if sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} does not have the SHA-256 it was written with: its content changed")
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Published checkpoints, oldest progress first; unpublished and foreign folders are skipped."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.name.startswith(".") and (path / COMPLETE).is_file():
+            try:
+                found.append(read_checkpoint(path))
+            except CheckpointError:
+                continue
+    return sorted(found, key=lambda checkpoint: checkpoint.progress)
+
+
+def newest_valid(folder: Path, warn: Any = print) -> Checkpoint | None:
+    """The furthest checkpoint whose files are as they were written; damaged ones are named and passed over.
+
+    None when nothing was ever published. CheckpointError when there are checkpoints and all are damaged:
+    starting from zero in silence would throw a run away.
+    """
+    candidates = list_checkpoints(folder)
+    for checkpoint in reversed(candidates):
+        try:
+            verify_files(checkpoint.path)
+        except CheckpointError as error:
+            warn(f"damaged checkpoint passed over: {error}")
+            continue
+        return checkpoint
+    if candidates:
+        raise CheckpointError(
+            f"all {len(candidates)} checkpoints in {folder} are damaged; remove the folder to start over"
+        )
+    return None
+
+
+def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, for complete.json."""
+    return {n: {"bytes": (path / n).stat().st_size, "sha256": sha256(path / n)} for n in sorted(names)}
+
+
+def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Mark the folder complete and rename it into place, each step durable before the next."""
+    write_json(writing / COMPLETE, {"format": FORMAT, "files": files})
+    if final.exists():  # the same step saved again (after a roll-back, say): the new one replaces the old
+        discard(final)
+    os.rename(writing, final)
+    _fsync_folder(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle never leaves a folder that looks whole."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep_last: int, keep: set[str]) -> list[Path]:
+    """Remove all but the `keep_last` newest checkpoints and those named in `keep`; returns what went."""
+    removable = [c.path for c in list_checkpoints(folder)[:-keep_last] if c.path.name not in keep]
+    for path in removable:
+        discard(path)
+    return removable
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear what an interrupted save left behind."""
+    for path in folder.glob(f"{WRITING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _names(folder: Path) -> str:
+    names = [c.path.name for c in list_checkpoints(folder)]
+    return re.sub(r"^$", "none", ", ".join(names))

@@ -1,0 +1,133 @@
+"""The command `smol`: one thin door per part of the package.
+
+Each command imports what it needs when it is called, so that `smol plan` does not wait for torch. UserError
+becomes one sentence and its exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_smol.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="The SmolLM2 recipe as one YAML, run by megatron-core: [bold]plan[/] → [bold]preprocess[/] → [bold]train[/] → "
+    "[bold]convert[/] → [bold]report[/].",
+)
+convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to and from Hugging Face folders, logits compared.")
+app.add_typer(convert_app, name="convert")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, such as examples/demo.yaml.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to change, as dotted.name=value: lr.peak=1e-3 stages.decay.until=12T", metavar="a.b=c"),
+]
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Tokens/s of one GPU, for days and GPU-hours.", min=1.0)
+    ] = None,
+) -> None:
+    """Work out what a recipe will do: steps, tokens and epochs per source, LR, memory, days. Needs no GPU, no data.
+
+    Exit code 2 when a source is read more often than its max_epochs allows.
+    """
+    from megatron_smol.recipe.load import load_recipe
+    from megatron_smol.recipe.plan import make_plan, resolve_sizes
+    from megatron_smol.recipe.render import print_plan
+
+    loaded = load_recipe(recipe, overrides or [])
+    made = make_plan(loaded, resolve_sizes(loaded))
+    print_plan(made, tokens_per_second, as_json=json)
+    made.require_no_errors()
+
+
+@app.command()
+def preprocess(
+    inputs: Annotated[list[str], typer.Argument(help="JSONL (.gz, .zst), parquet or text files, or globs.", metavar="INPUT...")],
+    output: Annotated[Path, typer.Option(help="Folder of the source: token shards and manifest.json.")],
+    tokenizer: Annotated[str, typer.Option(help="Hub name, or a local folder with tokenizer.json.")],
+    json_key: Annotated[str, typer.Option(help="Key (or column) that holds the text.")] = "text",
+    source: Annotated[str | None, typer.Option(help="Name of the source; default: the folder's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core. The output is the same.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
+    append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text id.")] = True,
+    skip_bad: Annotated[bool, typer.Option(help="Count and skip bad rows; without it the first one is an error.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what was made with other settings.")] = False,
+) -> None:
+    """Tokenize text into a source that recipes (and megatron-core) read. Run it again to continue after a kill."""
+    from megatron_smol.data.tokenize import preprocess as run
+
+    run(
+        inputs,
+        output,
+        tokenizer,
+        json_key=json_key,
+        source=source,
+        workers=workers,
+        seed=seed,
+        append_eod=append_eod,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train all stages of a recipe; the same command continues a run that was stopped.
+
+    Several ranks: torchrun --nproc-per-node 2 -m megatron_smol train RECIPE. Exit codes: 0 done, 75 stopped by a
+    signal after saving (run again), 2 recipe, 3 data, 4 checkpoint, 5 the loss is not a number.
+    """
+    from megatron_smol.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from megatron_smol.train.run import train as run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="The step whose batch to show; the first is 1.")] = 1,
+    stage: Annotated[str | None, typer.Option(help="Its stage, where branches make the step ambiguous.")] = None,
+    index_only: Annotated[bool, typer.Option(help="Sources, epochs and windows only; needs no data on disk.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show what any step read or will read: every row of its batch, decoded, with its source."""
+    from megatron_smol.data.inspect import inspect_batch
+    from megatron_smol.recipe.load import load_recipe
+
+    inspect_batch(load_recipe(recipe, overrides or []), stage, step, index_only, json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", metavar="RUN")]) -> None:
+    """Write RUN/report.html: losses, mixtures, ledger, validation, samples, in one self-contained file."""
+    from megatron_smol.report.render import write_report
+
+    print(write_report(run))
+
+
+def main() -> None:
+    """Entry point of `smol` and `python -m megatron_smol`."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,45 @@
+"""What a user is told when something is wrong: one sentence, and an exit code that scripts can trust.
+
+Raise these for anything a user can cause or mend; `assert` is for our own invariants. The CLI prints
+``error: <message>`` to stderr and exits with the class's code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A recipe or a command line that cannot be carried out. The message says what, where, and what to do."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Token or text files that are missing, damaged, or made for another tokenizer."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged, or of another model."""
+
+    exit_code = 4
+
+
+class RunError(UserError):
+    """Training cannot go on from here, and starting again alone would not help (a loss that is not a number)."""
+
+    exit_code = 5
+
+
+# sysexits.h EX_TEMPFAIL: the run saved itself on a signal; the same command continues it.
+EXIT_RESTART_ME = 75
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`allowed`'s closest name as a hint for an error message, or all of them when none is close."""
+    names = sorted(map(str, allowed))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"

@@ -1,0 +1,143 @@
+"""What must fit together in a recipe beyond single fields: names, divisibility, the tree of stages.
+
+Called by `schema` when all fields are right. Each check raises ValueError with one sentence that names the
+field, what was found, and what is allowed; `load` puts the file in front. What depends on token arithmetic is
+checked in `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+from typing import TYPE_CHECKING
+
+from megatron_smol.errors import nearest
+
+if TYPE_CHECKING:
+    from megatron_smol.recipe.schema import Model, Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError for the first thing that does not fit."""
+    for problem in problems(recipe):
+        raise ValueError(problem)
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Every misfit, one sentence each."""
+    yield from _model(recipe.model)
+    yield from _layout(recipe)
+    yield from _stage_tree(recipe)
+    yield from _mixtures(recipe)
+    yield from _lengths_and_batches(recipe)
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, in order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _model(model: Model) -> Iterator[str]:
+    if model.hidden_size % model.heads:
+        yield (
+            f"model.hidden_size is {model.hidden_size}, which is not divisible by model.heads ({model.heads})"
+        )
+    elif model.head_dim % 2:
+        yield f"model.hidden_size / model.heads is {model.head_dim}; rotary positions need an even head width"
+    if model.heads % model.kv_heads:
+        allowed = _listed(divisors(model.heads))
+        yield (
+            f"model.kv_heads is {model.kv_heads}, which does not divide model.heads ({model.heads}); "
+            f"allowed: {allowed}"
+        )
+
+
+def _layout(recipe: Recipe) -> Iterator[str]:
+    model, parallel = recipe.model, recipe.parallel
+    tp_allowed = divisors(gcd(model.heads, model.kv_heads, model.ffn_size, model.vocab_size))
+    for name in ("heads", "kv_heads", "ffn_size", "vocab_size"):
+        if getattr(model, name) % parallel.tp:
+            yield (
+                f"parallel.tp is {parallel.tp}, which does not divide model.{name} "
+                f"({getattr(model, name)}); tp allowed for this model: {_listed(tp_allowed)}"
+            )
+            break
+    if model.layers % parallel.pp:
+        yield (
+            f"parallel.pp is {parallel.pp}, which does not divide model.layers ({model.layers}); pp allowed "
+            f"for this model: {_listed(divisors(model.layers))}"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield (
+            "parallel.sequence_parallel is true, but parallel.tp is 1; set tp above 1 or sequence_parallel "
+            "to false"
+        )
+    if parallel.gpus is not None and parallel.gpus % (parallel.tp * parallel.pp):
+        yield (
+            f"parallel.gpus is {parallel.gpus}, which is not divisible by tp * pp "
+            f"({parallel.tp * parallel.pp})"
+        )
+
+
+def _stage_tree(recipe: Recipe) -> Iterator[str]:
+    names: list[str] = []
+    for index, stage in enumerate(recipe.stages):
+        where = f"stages.{stage.name}"
+        if stage.name in names:
+            yield (
+                f"stages[{index}].name is '{stage.name}', and so is an earlier stage's; give each stage a "
+                "name of its own"
+            )
+        if (stage.until is None) == (stage.tokens is None):
+            found = "neither 'until' nor 'tokens'" if stage.until is None else "both 'until' and 'tokens'"
+            yield f"{where} has {found}; give one: 'until' is where it ends, 'tokens' is how long it is"
+        if stage.from_ is not None and stage.from_.stage not in names:
+            later = stage.from_.stage in [other.name for other in recipe.stages]
+            why = "which does not come before it" if later else "which does not exist"
+            hint = nearest(stage.from_.stage, names) if names else "the first stage cannot have 'from'"
+            yield f"{where}.from.stage is '{stage.from_.stage}', {why}; {hint}"
+        names.append(stage.name)
+
+
+def _mixtures(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        for source in stage.mixture:
+            if source not in recipe.sources:
+                hint = nearest(source, recipe.sources)
+                yield f"stages.{stage.name}.mixture names '{source}', which is not under 'sources'; {hint}"
+
+
+def _lengths_and_batches(recipe: Recipe) -> Iterator[str]:
+    page_length, parallel = recipe.page_length, recipe.parallel
+    for stage in recipe.stages:
+        settings = recipe.training_of(stage)
+        where = {
+            name: f"stages.{stage.name}.{name}" if getattr(stage, name) is not None else f"training.{name}"
+            for name in ("seq_length", "global_batch", "micro_batch")
+        }
+        if page_length % settings.seq_length:
+            what = (
+                "data.page_length"
+                if recipe.data.page_length
+                else "the largest seq_length, the unit of shuffling"
+            )
+            below = max(n for n in range(1, settings.seq_length + 1) if page_length % n == 0)
+            yield (
+                f"{where['seq_length']} is {settings.seq_length}, which does not divide {what} "
+                f"({page_length}); nearest allowed below: {below}"
+            )
+        if settings.seq_length % parallel.tp and parallel.sequence_parallel:
+            yield (
+                f"{where['seq_length']} is {settings.seq_length}, not divisible by parallel.tp "
+                f"({parallel.tp}) as sequence_parallel needs"
+            )
+        ranks = 1 if parallel.gpus is None else parallel.gpus // (parallel.tp * parallel.pp)
+        if settings.global_batch % (settings.micro_batch * max(ranks, 1)):
+            by = f"{where['micro_batch']} ({settings.micro_batch})"
+            if settings.global_batch % settings.micro_batch == 0:
+                by += f" times the {ranks} data-parallel ranks of parallel.gpus"
+            yield f"{where['global_batch']} is {settings.global_batch}, which is not divisible by {by}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,314 @@
+"""What a recipe may say: typed, frozen, and strict about names.
+
+`load` reads a YAML file into a `Recipe`, `plan` does the arithmetic on it, and every later module reads its
+settings from here. A key that is not below is an error. docs/recipe.md is generated from these fields
+(tools/make_recipe_reference.py), so a field's description is its documentation.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
+
+from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
+from megatron_smol.recipe.units import Amount, exact_tokens, parse_amount, parse_steps, parse_tokens
+
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-delayed", "fp8-blockwise"]
+Shape = Literal["linear", "cosine", "1-sqrt"]
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 1e-5 as text; in a field that holds a number it is a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _plain(amount: object) -> str | int:
+    """An amount for a YAML file: 6T and 2000 steps as text, 65536 as a number."""
+    return int(text) if (text := str(amount)).isdecimal() else text
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+TokensOrSteps = Annotated[Amount, PlainValidator(parse_amount), PlainSerializer(_plain)]
+Tokens = Annotated[
+    int, PlainValidator(parse_tokens), PlainSerializer(lambda tokens: _plain(exact_tokens(tokens)))
+]
+Steps = Annotated[int, PlainValidator(parse_steps), PlainSerializer(lambda steps: f"{steps} steps")]
+Mixture = Annotated[dict[str, Fraction], PlainValidator(resolve_mixture), PlainSerializer(mixture_text)]
+# Names become folder names, metric names and parts of dotted overrides.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+def field(meaning: str, default: Any = ..., unit: str = "", **constraints: Any) -> Any:
+    """A recipe field: its meaning and unit are what the reference prints."""
+    return Field(
+        default, description=meaning, json_schema_extra={"unit": unit} if unit else None, **constraints
+    )
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no guessing of types, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class Model(Section):
+    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, no biases."""
+
+    layers: int = field("transformer layers", gt=0)
+    hidden_size: int = field("width of the residual stream", gt=0)
+    heads: int = field("attention heads", gt=0)
+    kv_heads: int = field("key/value heads; fewer than `heads` is grouped-query attention", gt=0)
+    ffn_size: int = field("inner width of the SwiGLU feed-forward", gt=0)
+    vocab_size: int = field("entries of the embedding, special tokens included", 49152, gt=0)
+    tied_embeddings: bool = field("use the embedding as output layer too", True)
+    norm_eps: Float = field("epsilon of RMSNorm", 1e-5, gt=0)
+    init_std: Float = field(
+        "std of the normal initialisation; outputs of attention and feed-forward use std / sqrt(2 layers)",
+        0.02,
+        gt=0,
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.heads
+
+    def parameters(self) -> int:
+        """Exact parameter count, norms and embeddings included."""
+        h, kv = self.hidden_size, self.kv_heads * self.head_dim
+        layer = 2 * h * h + 2 * h * kv + 3 * h * self.ffn_size + 2 * h
+        return self.layers * layer + h + self.vocab_size * h * (1 if self.tied_embeddings else 2)
+
+
+class Data(Section):
+    """What fixes the order of the data, together with `sources` and the mixtures."""
+
+    seed: int = field("seed of the data order", 8, ge=0)
+    page_length: Tokens | None = field(
+        "unit of shuffling; a multiple of every seq_length; default: the largest seq_length of the recipe",
+        None,
+        "tokens",
+    )
+    holdout_tokens: Tokens = field(
+        "last tokens of each source: never trained on, used for validation", 0, "tokens"
+    )
+    over_epochs: Literal["error", "warn"] = field(
+        "what a plan does when a source is read more often than its max_epochs", "error"
+    )
+
+
+class Source(Section):
+    """One named corpus."""
+
+    path: str = field(
+        "folder with manifest.json (written by `smol preprocess`) or a Megatron .bin/.idx prefix"
+    )
+    tokens: Tokens | None = field("size used for planning while the data is not on disk", None, "tokens")
+    max_epochs: Float | None = field(
+        "cap on passes over this source along any lineage; absent: a warning above 4", None, "epochs", gt=0
+    )
+
+
+class Training(Section):
+    """Settings of every stage that does not set its own."""
+
+    seq_length: int = field("length of a training window", unit="tokens", gt=0)
+    rope_base: Float = field("base (theta) of the rotary positions", 10000.0, gt=0)
+    global_batch: int = field("windows per optimizer step, over all ranks", unit="windows", gt=0)
+    micro_batch: int = field("windows per forward pass on one rank", unit="windows", gt=0)
+    precision: Precision = field("arithmetic of the matrix products", "bf16")
+    document_mask: bool = field(
+        "hide earlier documents of the window from attention and restart positions", False
+    )
+
+
+class BranchPoint(Section):
+    """Where a branch leaves its parent stage."""
+
+    stage: str = field("name of the earlier stage to leave from")
+    before_end: TokensOrSteps = field(
+        "how long before that stage's end", Amount(0, "tokens"), "tokens or steps"
+    )
+
+
+class StageLR(Section):
+    """A stage's own learning rate, in place of the recipe's schedule."""
+
+    start: Float | None = field("LR at the start; absent: the LR at that point of the parent", None, ge=0)
+    end: Float = field("LR at the end of the stage", 0.0, ge=0)
+    shape: Shape = field("path from start to end", "linear")
+
+
+class Stage(Section):
+    """A stretch of training with one mixture. It follows the stage before it, or branches off with `from`."""
+
+    name: Name = field("name of the stage, used in checkpoints, logs and overrides")
+    from_: BranchPoint | None = Field(
+        None, alias="from", description="start from inside an earlier stage instead: a branch"
+    )
+    until: TokensOrSteps | None = field(
+        "end, counted from the start of training along this stage's lineage", None, "tokens or steps"
+    )
+    tokens: TokensOrSteps | None = field("length of the stage; give this or `until`", None, "tokens or steps")
+    mixture: Mixture = field(
+        "weight of each source; groups {weight, of: {...}} allowed; sums to 1 (+-1e-6)",
+        unit="share of windows",
+    )
+    lr: StageLR | None = field("own learning rate; absent: the recipe's schedule goes on", None)
+    seq_length: int | None = field("overrides training.seq_length", None, "tokens", gt=0)
+    rope_base: Float | None = field("overrides training.rope_base", None, gt=0)
+    global_batch: int | None = field("overrides training.global_batch", None, "windows", gt=0)
+    micro_batch: int | None = field("overrides training.micro_batch", None, "windows", gt=0)
+    precision: Precision | None = field("overrides training.precision", None)
+    document_mask: bool | None = field("overrides training.document_mask", None)
+
+
+class LearningRate(Section):
+    """Linear warm-up from 0, constant, then decay. Boundaries are independent of the stages' ends."""
+
+    peak: Float = field("LR after warm-up", gt=0)
+    warmup: TokensOrSteps = field("length of the linear warm-up", Amount(0, "steps"), "tokens or steps")
+    decay_start: TokensOrSteps | None = field(
+        "where the decay starts; absent: never", None, "tokens or steps"
+    )
+    decay_end: TokensOrSteps | None = field(
+        "where the decay reaches `final`; default: the end of the trunk", None, "tokens or steps"
+    )
+    shape: Shape = field("shape of the decay", "linear")
+    final: Float = field("LR at the end of the decay", 0.0, ge=0)
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    beta1: Float = field("decay of the first moment", 0.9, ge=0, lt=1)
+    beta2: Float = field("decay of the second moment", 0.95, ge=0, lt=1)
+    eps: Float = field("Adam's epsilon", 1e-8, gt=0)
+    weight_decay: Float = field("decoupled weight decay", 0.01, ge=0)
+    decay_norms: bool = field("decay norm weights too, as SmolLM2 did (Megatron alone would not)", True)
+    clip: Float = field("global gradient norm limit; 0: no clipping", 1.0, ge=0)
+
+
+class Parallel(Section):
+    """Layout of the ranks. Data parallel is what remains: world size / (tp * pp)."""
+
+    tp: int = field("tensor parallel ranks", 1, gt=0)
+    pp: int = field("pipeline parallel ranks", 1, gt=0)
+    sequence_parallel: bool = field("split norms and residuals over the tp ranks as well", False)
+    distributed_optimizer: bool = field("shard optimizer state over the data-parallel ranks", False)
+    gpus: int | None = field("world size the plan assumes; a run takes its own from the launcher", None, gt=0)
+
+
+class Save(Section):
+    """Checkpoints. Stage ends and branch points are always saved and kept, whatever is set here."""
+
+    every: Steps = field("interval of checkpoints", 2000, "steps", gt=0)
+    keep_last: int = field("interval checkpoints to keep", 2, ge=1)
+
+
+class Eval(Section):
+    """Validation loss per source at the start and the end of each stage."""
+
+    windows_per_source: int = field("windows read from the held-out end of each source", 64, "windows", ge=0)
+
+
+class Sft(Section):
+    """Supervised fine-tuning, by SmolLM2's settings. Checked here, carried out by a later release."""
+
+    dataset: str = field("chat dataset: hub name or local JSONL", "HuggingFaceTB/smoltalk")
+    epochs: Float = field("passes over the dataset", 2.0, "epochs", gt=0)
+    lr: Float = field("peak LR", 3e-4, gt=0)
+    scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
+    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, le=1)
+    global_batch: int = field("sequences per step", 128, "sequences", gt=0)
+    micro_batch: int = field("sequences per forward pass", 4, "sequences", gt=0)
+    seq_length: int = field("longest sequence", 8192, "tokens", gt=0)
+    packing: bool = field("join conversations to full sequences", True)
+    loss_on: Literal["all", "assistant"] = field("tokens that carry loss; SmolLM2 used all", "all")
+    beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
+    precision: Precision = field("arithmetic", "bf16")
+    seed: int = field("seed of shuffling", 42, ge=0)
+
+
+class Dpo(Section):
+    """Direct preference optimisation, by SmolLM2's settings. Checked here, carried out by a later release."""
+
+    dataset: str = field(
+        "preference dataset: hub name or local JSONL", "HuggingFaceH4/ultrafeedback_binarized"
+    )
+    epochs: Float = field("passes over the dataset", 2.0, "epochs", gt=0)
+    lr: Float = field("peak LR", 1e-6, gt=0)
+    beta: Float = field("strength of the pull towards the reference model", 0.5, gt=0)
+    loss: Literal["sigmoid"] = field("DPO loss", "sigmoid")
+    scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
+    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, le=1)
+    global_batch: int = field("pairs per step", 128, "pairs", gt=0)
+    micro_batch: int = field("pairs per forward pass", 2, "pairs", gt=0)
+    seq_length: int = field("longest prompt and answer together", 1024, "tokens", gt=0)
+    prompt_length: int = field("longest prompt, cut from the left", 512, "tokens", gt=0)
+    beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
+    precision: Precision = field("arithmetic", "bf16")
+    seed: int = field("seed of shuffling", 42, ge=0)
+
+
+class Tail(Section):
+    """What follows pretraining. Checked here, carried out by a later release."""
+
+    sft: Sft | None = field("supervised fine-tuning", None)
+    dpo: Dpo | None = field("direct preference optimisation", None)
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = field("name of the run")
+    seed: int = field("seed of the weight initialisation", 42, ge=0)
+    run_dir: str = field("folder for checkpoints, metrics and the report")
+    tokenizer: str = field("hub name or local folder with tokenizer.json")
+    model: Model = field("the network")
+    data: Data = field("what fixes the data order", Data())
+    sources: dict[Name, Source] = field("the corpora, by name", min_length=1)
+    training: Training = field("settings of every stage that does not set its own")
+    stages: tuple[Stage, ...] = field("the stages, in the order they run", min_length=1, strict=False)
+    lr: LearningRate = field("the learning rate")
+    optimizer: Optimizer = field("AdamW", Optimizer())
+    parallel: Parallel = field("layout of the ranks", Parallel())
+    save: Save = field("checkpoints", Save())
+    eval: Eval = field("validation", Eval())
+    tail: Tail | None = field("SFT and DPO", None)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        from megatron_smol.recipe.checks import check_recipe
+
+        check_recipe(self)
+        return self
+
+    def training_of(self, stage: Stage) -> Training:
+        """The stage's settings: its own where given, else those of `training`."""
+        own = {name: value for name in Training.model_fields if (value := getattr(stage, name)) is not None}
+        return self.training.model_copy(update=own)
+
+    @property
+    def page_length(self) -> int:
+        """The unit of shuffling: data.page_length, or the largest seq_length of any stage."""
+        return self.data.page_length or max(self.training_of(stage).seq_length for stage in self.stages)
+
+    @property
+    def run_path(self) -> Path:
+        """`run_dir` as a path."""
+        return Path(self.run_dir)

@@ -1,0 +1,169 @@
+"""What a person sees of a run: one line and one metrics row a step, a progress bar, TensorBoard.
+
+metrics.jsonl and validation.jsonl are cut back to the checkpoint when a run resumes, so they never hold a
+step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_smol.model.backend import backend
+from megatron_smol.recipe.estimate import flops_per_token
+from megatron_smol.recipe.plan import StagePlan
+from megatron_smol.recipe.units import format_tokens
+from megatron_smol.train.hooks import Hook, StepDone
+from megatron_smol.train.state import write_text
+
+if TYPE_CHECKING:
+    from megatron_smol.train.trainer import Trainer
+
+# Dense bf16 peak of the datasheets, FLOP/s; MFU is printed where the GPU is listed.
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class JsonLines:
+    """An append-only file of rows that each carry "stage_index" and "step"."""
+
+    def __init__(self, path: Path, progress: tuple[int, int]) -> None:
+        """Open for appending (rank 0 only), dropping rows beyond `progress` and a half-written last row."""
+        self._file = None
+        if torch.distributed.get_rank() == 0:
+            kept = [line for line in read_rows(path) if (line["stage_index"], line["step"]) <= progress]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a JSON-lines file; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Metrics(Hook):
+    """metrics.jsonl, ledger.json and TensorBoard, written by rank 0."""
+
+    def on_run_start(self, trainer: Trainer) -> None:
+        folder = trainer.plan.recipe.run_path
+        self._rows = JsonLines(folder / "metrics.jsonl", trainer.state.progress)
+        self._board = None
+        if torch.distributed.get_rank() == 0:
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=trainer.state.step)
+
+    def on_step(self, trainer: Trainer, done: StepDone) -> None:
+        row = {
+            "stage": done.stage.name,
+            "stage_index": done.stage.index,
+            "step": done.step,
+            "tokens": done.tokens,
+            "loss": done.result.loss,
+            "lr": done.lr,
+            "grad_norm": done.result.grad_norm,
+            "seq_length": done.stage.seq_length,
+            "global_batch": done.stage.global_batch,
+            "seconds": round(done.seconds, 6),
+            "tokens_per_s": round(done.tokens_per_second, 1),
+            "drawn": done.rows.counts(),
+        }
+        self._rows.write(row)
+        if self._board:
+            for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
+                self._board.add_scalar(f"{done.stage.name}/{key}", row[key], done.step)
+
+    def on_saved(self, trainer: Trainer, path: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            ledger = json.dumps(trainer.state.ledger.to_json(), indent=1)
+            write_text(trainer.plan.recipe.run_path / "ledger.json", ledger + "\n")
+
+    def on_run_end(self, trainer: Trainer, finished: bool) -> None:
+        if self._board:
+            self._board.close()
+
+
+class StepLog(Hook):
+    """One line a step on the terminal and in log.txt; a bar with what is left where there is a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def on_run_start(self, trainer: Trainer) -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        self._done = _steps_done(trainer)
+        self._total = sum(stage.steps for stage in trainer.plan.stages)
+        self._started, self._first = time.monotonic(), self._done
+        if sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"), TimeRemainingColumn())
+            self._bar = Progress(TextColumn("{task.description}"), *columns, console=self._console)
+            self._task = self._bar.add_task("training", total=self._total, completed=self._done)
+            self._bar.start()
+
+    def on_stage_start(self, trainer: Trainer, stage: StagePlan) -> None:
+        mixture = ", ".join(f"{name} {float(weight):.1%}" for name, weight in stage.weights.items())
+        where = f"branches off {stage.parent}" if stage.is_branch else "begins"
+        trainer.say(
+            f"== {stage.name} {where} at step {stage.start_step}, {format_tokens(stage.start_tokens)} tokens: {mixture}; "
+            f"length {stage.seq_length}, RoPE base {stage.rope_base:g}, batch {stage.global_batch}, {stage.precision}"
+        )
+
+    def on_step(self, trainer: Trainer, done: StepDone) -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        self._done += 1
+        per_step = (time.monotonic() - self._started) / (self._done - self._first)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._total - self._done)))
+        read = trainer.state.ledger.tokens()
+        shares = " ".join(f"{name} {format_tokens(tokens)}" for name, tokens in read.items())
+        mfu = _mfu(trainer, done)
+        trainer.say(
+            f"{done.stage.name:<14} step {done.step:>6}/{done.stage.end_step} | loss {done.result.loss:7.4f} | "
+            f"lr {done.lr:.2e} | grad {done.result.grad_norm:6.2f} | {done.tokens_per_second:8,.0f} tokens/s{mfu} | "
+            f"read {shares} | left {left}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, description=done.stage.name)
+
+    def on_saved(self, trainer: Trainer, path: str) -> None:
+        trainer.say(f"saved {path}")
+
+    def on_run_end(self, trainer: Trainer, finished: bool) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _steps_done(trainer: Trainer) -> int:
+    """Steps of all stages up to where the run stands, for the bar: branches count from their own start."""
+    before = sum(stage.steps for stage in trainer.plan.stages[: trainer.state.stage_index])
+    return before + max(0, trainer.state.step - trainer.stage.start_step)
+
+
+def _mfu(trainer: Trainer, done: StepDone) -> str:
+    """Share of the GPU's dense bf16 peak, causal FLOP convention; empty where the peak is not known."""
+    here = backend()
+    if not here.on_gpu:
+        return ""
+    name = torch.cuda.get_device_name(here.device)
+    peak = next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+    if peak is None:
+        return ""
+    flops = flops_per_token(trainer.plan.recipe.model, done.stage.seq_length) * done.tokens_per_second
+    return f" | MFU {flops / (peak * torch.distributed.get_world_size()):.1%}"

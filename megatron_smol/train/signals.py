@@ -1,0 +1,36 @@
+"""SIGTERM and SIGUSR1 become a flag that all ranks read at the same step.
+
+Slurm sends one of them before the time limit or a preemption; `scancel` and Ctrl-C end up here too. A second
+signal changes nothing: the save under way is what saves the work.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+
+from megatron_smol.model.backend import backend
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopFlag:
+    """Set by a signal on any rank; `agreed` tells every rank alike."""
+
+    def __init__(self) -> None:
+        self.received: int = 0
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self) -> int:
+        """The signal that any rank received (0: none), the same on all ranks. Called once a step."""
+        flag = torch.tensor([self.received], device=backend().device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return int(flag)

@@ -1,0 +1,142 @@
+"""Where a run stands: what a checkpoint says besides tensors, and whether it is this run's.
+
+`TrainState` is small and exact; with the plan it fixes everything that follows.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_smol.checkpoint.folder import Checkpoint
+from megatron_smol.data.ledger import Ledger
+from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.recipe.load import dump_recipe, load_recipe
+from megatron_smol.recipe.plan import Plan
+from megatron_smol.recipe.schema import Recipe
+
+# Settings that may change between legs of a run: none of them moves the data or the weights.
+FREE = ("run_dir", "parallel", "save", "tail", "eval", "data.over_epochs")
+FREE_ANYWHERE = ("micro_batch", "path", "max_epochs")
+
+
+@dataclass
+class TrainState:
+    """A moment of the run: `step` completed lineage steps, inside (or at the end of) a stage."""
+
+    stage_index: int
+    step: int
+    ledger: Ledger
+    hooks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self.stage_index, self.step
+
+    def to_json(self, plan: Plan, layout: dict[str, int]) -> dict[str, Any]:
+        """What state.json of a checkpoint holds."""
+        stage, recipe = plan.stages[self.stage_index], plan.recipe
+        return {
+            "run": recipe.name,
+            "stage": stage.name,
+            "stage_index": self.stage_index,
+            "step": self.step,
+            "tokens": stage.tokens_at(self.step),
+            "seq_length": stage.seq_length,
+            "rope_base": stage.rope_base,
+            "precision": stage.precision,
+            "model": recipe.model.model_dump(),
+            "tokenizer": recipe.tokenizer,
+            "sizes": plan.sizes,
+            "layout": layout,
+            "ledger": self.ledger.to_json(),
+            "hooks": self.hooks,
+            "versions": versions(),
+        }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, plan: Plan) -> TrainState:
+        """Read a checkpoint of this run; CheckpointError when it is another model's or its data changed."""
+        state = checkpoint.state
+        require_model(checkpoint, plan.recipe)
+        changed = [n for n, tokens in plan.sizes.items() if state["sizes"].get(n) != tokens]
+        if changed:
+            name = changed[0]
+            raise CheckpointError(
+                f"source '{name}' has {plan.sizes[name]:,} tokens now and had {state['sizes'].get(name)} when "
+                f"{checkpoint.path} was written; restore it, or start a new run_dir"
+            )
+        return cls(checkpoint.progress[0], checkpoint.step, Ledger.from_json(state["ledger"]), state["hooks"])
+
+
+def require_model(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a checkpoint of another model, naming the first field that differs."""
+    for name, wanted in recipe.model.model_dump().items():
+        found = checkpoint.state["model"].get(name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{checkpoint.path} is of another model: its {name} is {found}, the recipe's model.{name} is "
+                f"{wanted}; use that checkpoint's own recipe, or another run_dir"
+            )
+
+
+def open_run_folder(recipe: Recipe) -> None:
+    """Record the resolved recipe in the run folder, or check that the run begun there is this one."""
+    path = recipe.run_path / "recipe.yaml"
+    if path.is_file():
+        before, now = _fixed_settings(load_recipe(path)), _fixed_settings(recipe)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise UserError(
+                    f"{recipe.run_path} holds a run whose {key} is {before.get(key)}, this recipe says "
+                    f"{now.get(key)}; set it back to continue that run, or choose another run_dir"
+                )
+    recipe.run_path.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_recipe(recipe))
+
+
+def _fixed_settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted name, without those that may change during a run."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = ((str(v.get("name", i)) if isinstance(v, dict) else str(i), v) for i, v in enumerate(value))
+        else:
+            flat[prefix] = value
+            return
+        for key, inner in items:
+            name = f"{prefix}.{key}" if prefix else key
+            if name not in FREE and key not in FREE_ANYWHERE:
+                walk(name, inner)
+
+    walk("", recipe.model_dump(mode="json", by_alias=True))
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file at once: readers see the old one or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with."""
+    names = ("megatron-smol", "megatron-core", "torch", "numpy")
+    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

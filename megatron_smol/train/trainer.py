@@ -1,0 +1,158 @@
+"""The training loop: stages in order, steps inside a stage, a checkpoint where the plan asks for one.
+
+Everything it needs to know is decided before: what happens at each step by the plan, what each step reads by
+the data order. Whatever is optional is a hook.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+
+from megatron_smol.checkpoint import folder, store
+from megatron_smol.data.ledger import Ledger
+from megatron_smol.data.loader import GlobalBatch, Share, StageLoader
+from megatron_smol.data.source import TokenSource
+from megatron_smol.errors import RunError
+from megatron_smol.model.backend import backend
+from megatron_smol.recipe.plan import Plan, StagePlan
+from megatron_smol.train.hooks import Hook, StepDone
+from megatron_smol.train.signals import StopFlag
+from megatron_smol.train.state import TrainState
+from megatron_smol.train.step import Engine
+
+
+class Trainer:
+    """Carries a plan out on this rank. `state` is the only thing that moves."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        sources: Mapping[str, TokenSource],
+        hooks: Sequence[Hook],
+        stop: StopFlag,
+        console: Console,
+    ) -> None:
+        self.plan, self.engine, self.sources, self.hooks, self.stop = plan, engine, sources, hooks, stop
+        self._console = console
+        self.checkpoints = plan.recipe.run_path / "checkpoints"
+        self.share = Share(
+            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        )
+        self.state = TrainState(0, 0, Ledger.of(plan))
+
+    @property
+    def stage(self) -> StagePlan:
+        return self.plan.stages[self.state.stage_index]
+
+    def say(self, line: str) -> None:
+        """Tell the person who watches: rank 0's terminal and log.txt."""
+        if torch.distributed.get_rank() == 0:
+            self._console.print(line, markup=False)
+            with (self.plan.recipe.run_path / "log.txt").open("a") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def fit(self) -> bool:
+        """Train from where the state stands to the end; False when a signal stopped it (after a save)."""
+        for hook in self.hooks:
+            hook.on_run_start(self)
+        finished = all(self._run_stage(stage) for stage in self.plan.stages[self.state.stage_index :])
+        for hook in self.hooks:
+            hook.on_run_end(self, finished)
+        return finished
+
+    def resume(self, checkpoint: folder.Checkpoint) -> None:
+        """Take up the run where `checkpoint` left it, on this layout."""
+        self.state = TrainState.from_checkpoint(checkpoint, self.plan)
+        self._configure(self.stage)
+        store.load(self.engine, checkpoint)
+        for hook in self.hooks:
+            hook.load_state_dict(self.state.hooks.get(type(hook).__name__, {}))
+
+    def _run_stage(self, stage: StagePlan) -> bool:
+        """Train (the rest of) one stage; False when stopped by a signal before all is done."""
+        if stage.index != self.state.stage_index or self.state.progress == (0, 0):
+            self._enter(stage)
+        loader = StageLoader(stage, self.plan.orders, self.sources, self.share, backend().device)
+        for batch in loader.batches(self.state.step) if self.state.step < stage.end_step else ():
+            self._step(stage, batch)
+            at_end = self.state.step == stage.end_step
+            if at_end:
+                self.state.ledger.check(self.plan, stage.name, stage.samples)
+                for hook in self.hooks:
+                    hook.on_stage_end(self, stage)
+            stopping = self.stop.agreed() and not (at_end and stage is self.plan.stages[-1])
+            if stopping or self.plan.saves(stage.index, self.state.step):
+                self.save()
+            if stopping:
+                return False
+        return True
+
+    def _step(self, stage: StagePlan, batch: GlobalBatch) -> None:
+        started = time.perf_counter()
+        lr = self.plan.lr(stage.index, self.state.step)
+        result = self.engine.train_step(batch.micro_batches, lr)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise RunError(
+                f"step {self.state.step + 1} of stage '{stage.name}' gave loss {result.loss} and gradient norm "
+                f"{result.grad_norm}; the last checkpoint is intact, and `smol inspect --step "
+                f"{self.state.step + 1} --stage {stage.name}` shows what was read"
+            )
+        self.state.step += 1
+        self.state.ledger.add(stage.name, stage.seq_length, batch.rows)
+        done = StepDone(stage, self.state.step, lr, result, batch.rows, time.perf_counter() - started)
+        for hook in self.hooks:
+            hook.on_step(self, done)
+
+    def _enter(self, stage: StagePlan) -> None:
+        """Begin a stage where its parent stands: change what changes, and go back if it is a branch.
+
+        A branch starts from the parent's checkpoint at the branch point, and so does the trunk after a
+        branch. A change of precision is a new model and optimizer, filled from the same checkpoint.
+        """
+        rebuilt = self._configure(stage)
+        if stage.parent is not None and (rebuilt or self._here() != (stage.parent, stage.start_step)):
+            path = self.checkpoints / folder.checkpoint_name(stage.parent, stage.start_step)
+            checkpoint = folder.read_checkpoint(path)
+            self.state = TrainState.from_checkpoint(checkpoint, self.plan)
+            store.load(self.engine, checkpoint)
+        self.state.stage_index = stage.index
+        for hook in self.hooks:
+            hook.on_stage_start(self, stage)
+
+    def _here(self) -> tuple[str, int]:
+        return self.stage.name, self.state.step
+
+    def _configure(self, stage: StagePlan) -> bool:
+        """Give the engine the stage's length, RoPE base and precision; True when its weights must be loaded."""
+        rebuild = stage.precision != self.engine.precision
+        if rebuild:
+            self.engine.rebuild(stage.precision)
+        self.engine.configure(stage.seq_length, stage.rope_base)
+        return rebuild
+
+    def save(self) -> None:
+        """Publish a checkpoint of this moment and let go of old ones."""
+        self.state.hooks = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
+        path = self.checkpoints / folder.checkpoint_name(self.stage.name, self.state.step)
+        parallel = self.plan.recipe.parallel
+        layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": self.share.size}
+        parameters = self.plan.recipe.model.parameters()
+        store.save(self.engine, path, self.state.to_json(self.plan, layout), parameters)
+        if torch.distributed.get_rank() == 0:
+            folder.prune(self.checkpoints, self.plan.recipe.save.keep_last, self._kept_for_good())
+        for hook in self.hooks:
+            hook.on_saved(self, str(path))
+
+    def _kept_for_good(self) -> set[str]:
+        return {
+            checkpoint.path.name
+            for checkpoint in folder.list_checkpoints(self.checkpoints)
+            if self.plan.keeps(self.plan.stage(checkpoint.stage).index, checkpoint.step)
+        }

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Megatron's preprocessing command, by its own argument names: text in, <prefix>_<key>_document.bin/.idx out.
+
+A Megatron command line works unchanged; the files open in megatron-core's IndexedDataset and in recipes
+(`sources: {prose: {path: data/prose}}`). megatron_smol.data.tokenize does the work; `smol preprocess` is the
+same with shards and a document shuffle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_smol.data.tokenize import preprocess
+from megatron_smol.errors import UserError
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer",)
+
+EXAMPLES = """
+examples:
+  one source, as in Megatron:
+    python tools/preprocess_data.py --input prose.jsonl --output-prefix data/prose --append-eod --workers 8 \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model HuggingFaceTB/SmolLM2-135M
+    -> data/prose_text_document.bin, .idx and .manifest.json
+
+  several compressed files, another key, a tokenizer folder (no network):
+    python tools/preprocess_data.py --input 'web/*.jsonl.gz' --json-keys content --output-prefix data/web \\
+        --append-eod --workers 8 --tokenizer-model tokenizers/smollm2
+
+A command that was interrupted continues where it stopped when it is given again.
+Unlike Megatron's: documents without text are left out, `<|im_start|>` in the text stays text, and existing
+files are replaced only with --overwrite."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        description="Tokenize JSON lines, text or parquet into Megatron's .bin/.idx.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = top.add_argument_group("input data").add_argument
+    add("--input", nargs="+", required=True, help="files, folders or globs: .jsonl(.gz|.zst), .txt, .parquet")
+    add("--json-keys", nargs="+", default=["text"], help="each makes its own <prefix>_<key>_document pair")
+    add("--skip-bad", action="store_true", help="skip and count unreadable lines; else the first one stops")
+
+    add = top.add_argument_group("sentences (BERT-style data)").add_argument
+    add("--split-sentences", action="store_true", help="one sequence a sentence, split by nltk")
+    add("--keep-newlines", action="store_true", help="sentences keep the white space after them")
+    add("--lang", default="english", help="language of the sentence splitter (default: english)")
+
+    add = top.add_argument_group("tokenizer").add_argument
+    add("--tokenizer-type", default=TOKENIZER_TYPES[0], help="only HuggingFaceTokenizer (any tokenizer.json)")
+    add("--tokenizer-model", required=True, help="hub name, or a local folder with tokenizer.json")
+    add(
+        "--append-eod",
+        action="store_true",
+        help="end each document with the tokenizer's end-of-document token",
+    )
+    add(
+        "--backend", choices=["auto", "hf"], default="auto", help="auto: the fast one if its ids are the same"
+    )
+
+    add = top.add_argument_group("output").add_argument
+    add("--output-prefix", required=True, help="path without the ending")
+    add("--overwrite", action="store_true", help="replace existing output")
+
+    add = top.add_argument_group("runtime").add_argument
+    add(
+        "--workers",
+        type=int,
+        help="processes, one core each (default: all cores); does not change the output",
+    )
+    add("--log-interval", type=int, default=10_000, help="documents a log line, where there is no terminal")
+
+    add = top.add_argument_group("accepted for Megatron's command lines, not needed here").add_argument
+    add("--partitions", type=int, help="inputs are always cut into blocks")
+    add("--keep-sequential-samples", action="store_true", help="the input's order is always kept")
+    add("--trust-remote-code", action="store_true", help="no code of a tokenizer is ever run")
+    add("--vocab-size", type=int, help="the tokenizer's own size is used")
+    add("--make-vocab-size-divisible-by", type=int, help="padding the vocabulary is the model's matter")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        if args.tokenizer_type not in TOKENIZER_TYPES:
+            raise UserError(
+                f"--tokenizer-type {args.tokenizer_type} is not supported (allowed: "
+                f"{', '.join(TOKENIZER_TYPES)}); point --tokenizer-model to a folder with tokenizer.json"
+            )
+        level = "sentence" if args.split_sentences else "document"
+        for key in args.json_keys:
+            preprocess(
+                args.input,
+                f"{args.output_prefix}_{key}_{level}",
+                args.tokenizer_model,
+                layout="prefix",
+                json_key=key,
+                source=Path(args.output_prefix).name,
+                append_eod=args.append_eod,
+                workers=args.workers,
+                seed=None,
+                backend=args.backend,
+                split_sentences=args.split_sentences,
+                keep_newlines=args.keep_newlines,
+                language=args.lang,
+                skip_bad=args.skip_bad,
+                overwrite=args.overwrite,
+                log_interval=args.log_interval,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
