@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from megatron_smol.errors import UserError
+from megatron_smol.quiet import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,6 +96,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     from megatron_smol.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
     from megatron_smol.train.run import train as run
 
     raise typer.Exit(run(loaded))
@@ -114,6 +116,64 @@ def inspect(
     from megatron_smol.recipe.load import load_recipe
 
     inspect_batch(load_recipe(recipe, overrides or []), stage, step, index_only, json)
+
+
+@convert_app.command("to-hf")
+def convert_to_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any layout.", metavar="CKPT")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.", metavar="OUT")],
+    tokenizer: Annotated[str | None, typer.Option(help="Hub name or folder; default: the run's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as trained.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page that comes along.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
+) -> None:
+    """Export a checkpoint for transformers; written only if its logits, loss and greedy text are the trainer's."""
+    quiet_libraries()
+    from megatron_smol.checkpoint.convert import to_hf
+
+    to_hf(checkpoint, out, tokenizer=tokenizer, dtype=dtype, text=text, overwrite=overwrite)
+
+
+@convert_app.command("from-hf")
+def convert_from_hf(
+    model: Annotated[str, typer.Argument(help="A Llama-format folder, or a hub name.", metavar="HF")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write.", metavar="OUT")],
+    tokenizer: Annotated[str | None, typer.Option(help="Hub name or folder; default: the model's.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page that comes along.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
+) -> None:
+    """Import a Hugging Face model as a weights-only checkpoint; written only if the trainer computes the same."""
+    quiet_libraries()
+    from megatron_smol.checkpoint.convert import from_hf
+
+    from_hf(model, out, tokenizer=tokenizer, text=text, overwrite=overwrite)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="An exported Hugging Face folder.", metavar="HF_DIR")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", metavar="PROMPT")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of each continuation.", min=1)] = 40,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0.0)] = 0.7,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write [{prompt, text, model}] here.")] = None,
+) -> None:
+    """Let an exported model continue some text."""
+    import json as json_module
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from megatron_smol.post.generate import PROMPTS, generate_samples
+
+    samples = generate_samples(model, prompts or PROMPTS, max_new_tokens, temperature, seed)
+    console = Console(soft_wrap=True, highlight=False)
+    for sample in samples:
+        console.print(sample["prompt"], style="bold", end="", markup=False)
+        console.print(sample["text"] + "\n", markup=False)
+    if json is not None:
+        rows = [{**sample, "model": str(model)} for sample in samples]
+        json.write_text(json_module.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 @app.command()

@@ -33,14 +33,14 @@ examples with the source of every number are in `examples/`. A key that is not l
 - Any field can be changed on the command line: `training.micro_batch=2`, `stages.stable-1.until=1M`,
   `sources.dclm.max_epochs=3`; stages and sources go by their names.
 - Mixtures are names and weights that sum to 1. `web: {{weight: 0.9, of: {{a: 0.6, b: 0.4}}}}` is a group: its
-  weight is shared out by the inner weights, which sum to 1 themselves. Groups nest; a source that is named twice
-  adds up.
+  weight is shared out by the inner weights, which sum to 1 themselves. Groups nest; a source that is named
+  twice adds up.
 - A stage follows the last stage that is not a branch. With `from` it is a branch: it starts inside an earlier
   stage and continues that stage's data and learning rate.
-- The LR of a step is that at the tokens consumed before it: the first step of a warm-up has LR 0. LR boundaries in
-  steps are steps of the trunk.
-- Epoch caps: a source that any lineage reads more often than its `max_epochs` makes the plan an error, or a warning
-  with `data.over_epochs: warn`. Without a cap there is a warning above 4 epochs.
+- The LR of a step is that at the tokens consumed before it: the first step of a warm-up has LR 0. LR
+  boundaries in steps are steps of the trunk.
+- Epoch caps: a source that any lineage reads more often than its `max_epochs` makes the plan an error, or a
+  warning with `data.over_epochs: warn`. Without a cap there is a warning above 4 epochs.
 """
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", Amount: "amount"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.agree import together
@@ -68,15 +71,25 @@ def save(engine: Engine, final: Path, state: dict[str, Any], parameters: int) ->
 
     Raises CheckpointError (disk full, permissions, ...); then `final` is as it was before.
     """
+    _save(lambda: _sharded_state(engine, is_loading=False), final, state, bytes_needed(parameters))
+
+
+def save_model(gpt: GPTModel, final: Path, state: dict[str, Any]) -> None:
+    """Like `save`, weights only: enough for `load_model` and to start a run from."""
+    weights_bytes = sum(parameter.nbytes for parameter in gpt.parameters())
+    _save(lambda: {"model": _sharded_model(gpt)}, final, state, weights_bytes)
+
+
+def _save(describe: Callable[[], dict[str, Any]], final: Path, state: dict[str, Any], size_bytes: int) -> None:
     writing = final.parent / f"{on_disk.WRITING}{final.name}"
     with together(f"preparing to save {final}", only_rank=0) as mine:
         if mine:
             final.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(writing, ignore_errors=True)
-            _require_space(final.parent, bytes_needed(parameters))
+            _require_space(final.parent, size_bytes)
             writing.mkdir()
     try:
-        _save_tensors(engine, writing)
+        _save_tensors(describe, writing)
         with together(f"saving {final}", only_rank=0) as mine:
             if mine:
                 on_disk.write_json(writing / on_disk.STATE, {"format": on_disk.FORMAT, **state})
@@ -88,15 +101,22 @@ def save(engine: Engine, final: Path, state: dict[str, Any], parameters: int) ->
         raise
 
 
-def _save_tensors(engine: Engine, writing: Path) -> None:
-    tensors = _sharded_state(engine, is_loading=False)
+def _save_tensors(describe: Callable[[], dict[str, Any]], writing: Path) -> None:
     strategy = torch_strategies.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     try:
-        dist_checkpointing.save(tensors, str(writing), strategy, content_metadata=_METADATA)
-    except Exception as error:  # raised on all ranks by megatron-core, with a text on the failing one only
-        with together(f"writing tensors to {writing.parent}"):
-            raise
-        raise AssertionError from error
+        dist_checkpointing.save(describe(), str(writing), strategy, content_metadata=_METADATA)
+        error = None
+    except (Exception, CheckpointException) as exception:
+        error = exception
+    with together(f"writing tensors to {writing.parent}"):
+        if error is not None:
+            raise CheckpointError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line for a person: torch wraps the cause of a failed rank in a BaseException with a traceback as text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -110,14 +130,7 @@ def _require_space(folder: Path, needed: int) -> None:
 
 def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
     """Fill the engine from a checkpoint written at any layout; nothing is changed if it does not fit."""
-    path = checkpoint.path
-    with together(f"checking {path}"):
-        check_metadata(path)
-    with together(f"loading {path}"):
-        try:
-            loaded = dist_checkpointing.load(_sharded_state(engine, True, optimizer), str(path))
-        except Exception as error:
-            raise CheckpointError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    loaded = _load(lambda: _sharded_state(engine, True, optimizer), checkpoint.path)
     engine.gpt.load_state_dict(loaded["model"])
     if optimizer:
         load_optimizer_state(engine.optimizer, loaded["optimizer"])
@@ -125,14 +138,32 @@ def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> N
         engine.optimizer.reload_model_params()
 
 
+def load_model(gpt: GPTModel, checkpoint: Checkpoint) -> None:
+    """Fill a model that has no optimizer, such as one to be exported."""
+    gpt.load_state_dict(_load(lambda: {"model": _sharded_model(gpt)}, checkpoint.path)["model"])
+
+
+def _load(describe: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
+    with together(f"checking {path}"):
+        check_metadata(path)
+    with together(f"loading {path}"):
+        try:
+            loaded: dict[str, Any] = dist_checkpointing.load(describe(), str(path))
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(_reason(error)) from error
+    return loaded
+
+
 def _sharded_state(engine: Engine, is_loading: bool, optimizer: bool = True) -> dict[str, Any]:
-    """megatron-core's description of this rank's tensors inside the whole, objects (pickles) left out."""
-    model = {
-        name: value
-        for name, value in engine.gpt.sharded_state_dict(metadata=_METADATA).items()
-        if not isinstance(value, ShardedObject)
-    }
+    """megatron-core's description of this rank's tensors inside the whole."""
+    model = _sharded_model(engine.gpt)
     state: dict[str, Any] = {"model": model}
     if optimizer:
         state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return state
+
+
+def _sharded_model(gpt: GPTModel) -> dict[str, Any]:
+    """The model's part of it; objects (pickles: Transformer Engine's extra states) are left out."""
+    described = gpt.sharded_state_dict(metadata=_METADATA)
+    return {name: value for name, value in described.items() if not isinstance(value, ShardedObject)}

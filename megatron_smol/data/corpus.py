@@ -174,7 +174,7 @@ def read_documents(
             if line.isspace():
                 continue
             try:
-                yield _texts(_parse(line), json_key)
+                yield _texts(_parse(line.rstrip(b"\r\n")), json_key)
             except ValueError as error:
                 _refuse(f"{block.files[0]} line {_line_number(block, index):,}: {error}", on_bad)
 

@@ -83,7 +83,8 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path} is not a manifest of this version: {field}: {first['msg']}; run `smol preprocess` again"
+            f"{path} is not a manifest of this version: {field}: {first['msg']}; run `smol preprocess` "
+            "again with --overwrite"
         ) from None
 
 

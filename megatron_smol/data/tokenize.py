@@ -264,42 +264,45 @@ def _description(settings: Settings, source: str, inputs: Sequence[Record]) -> R
 
 
 def _finished(place: Layout, wanted: Record, overwrite: bool, progress: Progress) -> Manifest | None:
-    """The manifest of an earlier run of the same command, if it is whole; what is in the way is refused or
-    removed."""
-    in_the_way = [file for file in (place.manifest, *place.shard_files()) if file.exists()]
-    if place.manifest.exists() and not overwrite:
-        found = read_manifest(place.manifest)
-        known = found.model_dump()
-        differing = [field for field in wanted if json.dumps(known[field]) != json.dumps(wanted[field])]
-        if differing:
-            raise UserError(
-                f"{place.manifest} was made with another {' and '.join(differing)}; use --overwrite to "
-                f"replace it, or choose another output"
-            )
-        try:
-            load_source(place.path)
-        except DataError as error:
-            progress.note(f"making it again: {error}")
-        else:
-            progress.note(f"{place.manifest} is complete: {found.tokens:,} tokens; nothing to do")
-            return found
-    elif in_the_way and not overwrite and not (place.work / _PLAN).exists():
-        raise UserError(
-            f"{in_the_way[0]} exists and was not made by this command; use --overwrite to replace it, or "
-            f"choose another output"
-        )
+    """The manifest of an earlier run of the same command, if all is whole; another's output is refused."""
+    plan = place.work / _PLAN
     if place.manifest.exists():
-        for file in in_the_way:
-            file.unlink()
-        shutil.rmtree(place.work)
-        place.work.mkdir()
+        if not overwrite:
+            found = read_manifest(place.manifest)
+            known, asked = _content(found.model_dump()), _content(wanted)
+            if differing := [field for field in asked if known[field] != asked[field]]:
+                raise UserError(
+                    f"{place.manifest} was made with another {' and '.join(differing)}; use --overwrite to "
+                    f"replace it, or choose another output"
+                )
+            try:
+                load_source(place.path)
+            except DataError as error:
+                progress.note(f"making it again: {error}")
+            else:
+                progress.note(f"{place.manifest} is complete: {found.tokens:,} tokens; nothing to do")
+                return found
+        # Without a plan, _prepare_work clears what is left.
+        plan.unlink(missing_ok=True)
+        place.manifest.unlink()
+    elif not overwrite and not plan.exists() and (shards := place.shard_files()):
+        raise UserError(
+            f"{shards[0]} exists and was not made by this command; use --overwrite to replace it, or choose "
+            f"another output"
+        )
     return None
+
+
+def _content(fields: Record) -> Record:
+    """A description without the names of files and folders, which may be given in another way next time."""
+    inputs = [(given["bytes"], given["sha256"]) for given in fields["inputs"]]
+    return {**fields, "tokenizer": {**fields["tokenizer"], "name": None}, "inputs": inputs}
 
 
 def _prepare_work(place: Layout, plan: Record, progress: Progress) -> None:
     """Keep the work of an interrupted run of the same command; else begin anew."""
     path = place.work / _PLAN
-    text = json.dumps(plan, indent=1)
+    text = json.dumps(_content(plan), indent=1)
     if path.exists() and path.read_text() == text:
         progress.note(f"continuing the interrupted run in {place.work}")
     else:
@@ -321,7 +324,11 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another command is writing to {work.parent}; wait for it, or stop it") from None
-        yield
+        try:
+            yield
+        finally:
+            if list(work.glob("*")) == [work / _LOCK]:  # refused before any work
+                shutil.rmtree(work)
 
 
 def _worker_count(workers: int | None, files: Sequence[Path]) -> int:

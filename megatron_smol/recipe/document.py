@@ -18,7 +18,7 @@ JSON_FIELDS = {
     "name": "name of the recipe",
     "rounding_rule": "how boundaries in tokens become steps",
     "model": "parameters, embedding_parameters, layers, hidden_size, heads, kv_heads, ffn_size, vocab_size",
-    "parallel": "tp, pp, dp, gpus (null where the recipe does not say), distributed_optimizer",
+    "parallel": "tp, pp, dp, gpus (null where the recipe does not say)",
     "trunk": "steps and tokens at the end of the last stage that is not a branch",
     "run": "steps and tokens of all stages, branches included",
     "stages": (
@@ -63,7 +63,7 @@ def to_json(plan: Plan, tokens_per_second_per_gpu: float | None = None) -> dict[
             **{field: getattr(model, field) for field in shape},
         },
         "parallel": {
-            **parallel.model_dump(include={"tp", "pp", "gpus", "distributed_optimizer"}),
+            **parallel.model_dump(include={"tp", "pp", "gpus"}),
             "dp": estimate.data_parallel(parallel),
         },
         "trunk": {"steps": end.end_step, "tokens": end.end_tokens},

@@ -100,11 +100,10 @@ def _rank_memory(model: Model, parallel: Parallel, stage: StagePlan, position: i
     )
     fp32 = stage.precision == "fp32"
     extra_fp8 = 2 * linears if stage.precision.startswith("fp8") else 0
-    shards = data_parallel(parallel) if parallel.distributed_optimizer else 1
     return Memory(
         weights=(4 if fp32 else 2) * weights + extra_fp8,
         gradients=4 * weights,
-        optimizer=(8 if fp32 else 12) * weights / shards,
+        optimizer=(8 if fp32 else 12) * weights / data_parallel(parallel),
         activations=_activations(model, parallel, stage, position),
     )
 
@@ -141,8 +140,8 @@ def compute(plan: Plan, tokens_per_second_per_gpu: float | None = None) -> Compu
 
 
 def checkpoint_bytes(model: Model, precision: str) -> int:
-    """Weights and optimizer: bf16 2 + 12 bytes a weight, fp32 4 + 8. Gradients are not saved."""
-    return model.parameters() * (12 if precision == "fp32" else 14)
+    """Bytes a weight: itself (bf16 2, fp32 4), the optimizer's fp32 copy 4 and two moments 8. Gradients are not saved."""
+    return model.parameters() * (16 if precision == "fp32" else 14)
 
 
 def saves_in(plan: Plan, stage: StagePlan) -> int:

@@ -204,12 +204,11 @@ class Optimizer(Section):
 
 
 class Parallel(Section):
-    """Layout of the ranks. Data parallel is what remains: world size / (tp * pp)."""
+    """Layout of the ranks. Data parallel is what remains: world size / (tp * pp); it shards the optimizer."""
 
     tp: int = field("tensor parallel ranks", 1, gt=0)
     pp: int = field("pipeline parallel ranks", 1, gt=0)
     sequence_parallel: bool = field("split norms and residuals over the tp ranks as well", False)
-    distributed_optimizer: bool = field("shard optimizer state over the data-parallel ranks", False)
     gpus: int | None = field("world size the plan assumes; a run takes its own from the launcher", None, gt=0)
 
 

@@ -6,9 +6,6 @@ The same command starts a run and continues it, on one process, under torchrun o
 from __future__ import annotations
 
 import json
-import logging
-import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -42,7 +39,6 @@ def train(recipe: Recipe) -> int:
     """
     stop = StopFlag()
     stop.install()
-    _quiet_libraries()
     for name in {recipe.training_of(stage).precision for stage in recipe.stages}:
         precision(name).require(backend())
     init_parallel(recipe.parallel.tp, recipe.parallel.pp)
@@ -57,7 +53,7 @@ def train(recipe: Recipe) -> int:
     first = plan.stages[0]
     engine = Engine(recipe, first.seq_length, first.rope_base, first.precision)
     console = Console(soft_wrap=True, highlight=False)
-    trainer = Trainer(plan, engine, sources, [SourceValidation(), Metrics(), StepLog(console)], stop, console)
+    trainer = Trainer(plan, engine, sources, [StepLog(console), Metrics(), SourceValidation()], stop, console)
     _start_or_resume(trainer)
     finished = trainer.fit()
     _farewell(trainer, finished)
@@ -121,9 +117,3 @@ def _farewell(trainer: Trainer, finished: bool) -> None:
             f"'{trainer.stage.name}', saved; the same command continues (exit code {EXIT_RESTART_ME})"
         )
 
-
-def _quiet_libraries() -> None:
-    """megatron-core's import-time warnings say what is not installed; `smol doctor` says it better."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

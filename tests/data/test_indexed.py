@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +26,14 @@ SENTENCE = st.lists(st.integers(0, 60_000), min_size=1, max_size=9)
 DOCUMENTS = st.lists(st.lists(SENTENCE, min_size=1, max_size=4), min_size=1, max_size=12)
 
 
+def flat(lists: list[list[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def write(prefix: Path, documents: list[list[list[int]]], dtype: type = np.uint16) -> None:
     with IndexedWriter(prefix, dtype) as writer:
         for sentences in documents:
-            writer.add_document(sum(sentences, []), [len(sentence) for sentence in sentences])
+            writer.add_document(flat(sentences), [len(sentence) for sentence in sentences])
         writer.finalize()
 
 
@@ -39,15 +45,15 @@ def test_bytes_are_those_of_megatron_core(documents: list[list[list[int]]], dtyp
         write(ours, documents, dtype)
         builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=dtype)
         for sentences in documents:
-            builder.add_document(torch.tensor(sum(sentences, [])), [len(sentence) for sentence in sentences])
+            builder.add_document(torch.tensor(flat(sentences)), [len(sentence) for sentence in sentences])
         builder.finalize(f"{theirs}.idx")
         for end in (".bin", ".idx"):
             assert Path(f"{ours}{end}").read_bytes() == Path(f"{theirs}{end}").read_bytes()
 
         dataset, reader = IndexedDataset(str(ours)), IndexedReader(ours)
-        assert [dataset[i].tolist() for i in range(len(dataset))] == sum(documents, [])
+        assert [dataset[i].tolist() for i in range(len(dataset))] == flat(documents)
         assert [reader.document(i).tolist() for i in range(reader.documents)] == [
-            sum(d, []) for d in documents
+            flat(sentences) for sentences in documents
         ]
         reader.deep_check()
         del dataset  # unmaps before the folder goes
@@ -181,7 +187,7 @@ except DataError as error:
 """
 
 
-# 100 documents make an index of 2,042 bytes. Long ones exceed the limit with their tokens, short ones with it.
+# 100 documents make an index of 2,042 bytes. Long ones exceed the limit before it is written.
 @pytest.mark.parametrize(("end", "limit", "tokens"), [(".bin", 50_000, 1000), (".idx", 1500, 7)])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, end: str, limit: int, tokens: int

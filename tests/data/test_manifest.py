@@ -103,7 +103,7 @@ def test_half_a_pair_is_an_error_not_absence(tmp_path: Path) -> None:
 def test_two_keys_of_one_prefix_are_ambiguous(tmp_path: Path) -> None:
     write_pair(tmp_path / "web_text_document", 7)
     write_pair(tmp_path / "web_title_document", 7)
-    with pytest.raises(DataError, match="web_text_document, .*web_title_document"):
+    with pytest.raises(DataError, match=r"web_text_document, .*web_title_document"):
         locate(tmp_path / "web")
     assert locate(tmp_path / "web_title_document") == (tmp_path / "web_title_document", None)
 

@@ -58,7 +58,7 @@ def write_source(folder: Path, shards: list[list[list[int]]], vocab_size: int = 
 SHARDS = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10]]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any))
 def test_any_span_is_what_lies_there(
     data: st.DataObject, sizes: list[int], tmp_path_factory: pytest.TempPathFactory

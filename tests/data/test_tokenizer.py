@@ -75,7 +75,6 @@ def test_dropped_characters_are_counted_and_treated_as_hugging_face_does(
 
 
 def test_a_backend_that_differs_is_noticed_and_not_chosen(tokenizer: Tokenizer) -> None:
-    """splintr loads a tokenizer that lowercases, but this one is told to forget the lowercasing."""
     document = json.loads(tokenizer.files["tokenizer.json"])
     document["normalizer"] = {"type": "Lowercase"}
     lowering = Tokenizer("lowering", {"tokenizer.json": json.dumps(document).encode()})
@@ -146,13 +145,13 @@ def test_it_pickles_with_its_backend(fast: Tokenizer) -> None:
 
 def test_what_a_tokenizer_can_be_given_as(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tokenizer_folder / "tokenizer.json").eod_id == 0
-    with pytest.raises(UserError, match="no tokenizer folder ./nowhere/at/all: give a folder"):
+    with pytest.raises(UserError, match=r"no tokenizer folder ./nowhere/at/all: give a folder"):
         load_tokenizer("./nowhere/at/all")
     shutil.copy(tokenizer_folder / "tokenizer_config.json", tmp_path)
-    with pytest.raises(UserError, match="has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)
 
 

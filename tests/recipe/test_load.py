@@ -1,4 +1,4 @@
-"""Reading recipes: what is accepted, what is refused and in which words, overrides, and writing them again."""
+"""Reading recipes: what is accepted, what is refused and in which words, overrides, and writing back."""
 
 from __future__ import annotations
 
@@ -169,11 +169,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # lengths and batches
     (
         {"stages.2.seq_length": 100},
-        "training.seq_length is 64, which does not divide the largest seq_length, the unit of shuffling (100)",
+        "training.seq_length is 64, which does not divide the largest seq_length, the unit of shuffling "
+        "(100)",
     ),
     (
         {"data.page_length": 512, "stages.2.seq_length": 96},
-        "stages.long.seq_length is 96, which does not divide data.page_length (512); nearest allowed below: 64",
+        "stages.long.seq_length is 96, which does not divide data.page_length (512); nearest allowed "
+        "below: 64",
     ),
     (
         {"training.micro_batch": 3},
@@ -181,7 +183,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"parallel.gpus": 8},
-        "training.global_batch is 8, which is not divisible by training.micro_batch (2) times the 8 data-parallel ranks",
+        "training.global_batch is 8, which is not divisible by training.micro_batch (2) times the 8 "
+        "data-parallel ranks",
     ),
 ]
 

@@ -1,8 +1,9 @@
-"""The plan: SmolLM2's published figures, the rules at boundaries, caps, and invariants of any tree of stages."""
+"""The plan: SmolLM2's published figures, the rules at boundaries, caps, invariants of any tree of stages."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_rate_follows_tokens_through_a_batch_ramp() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"stages.1.until": "50 steps"},
-        "stages.decay.until is 50 steps, but the stage starts at 51,200 tokens (step 100): it would end before it starts",
+        "stages.decay.until is 50 steps, but the stage starts at 51,200 tokens (step 100): it would end "
+        "before it starts",
     ),
     (
         {"stages.1.until": "50k"},
@@ -273,8 +275,6 @@ def test_saves() -> None:
     assert plan.keeps(1, 140) and plan.keeps(0, 100) and not plan.keeps(1, 120)
 
 
-# ------------------------------------------------------------------------------------------- invariants of any plan
-
 WEIGHTS = st.sampled_from(
     [{"web": 1}, {"web": 0.9, "code": 0.1}, {"web": 0.333, "code": 0.333, "math": 0.334}, {"math": 1}]
 )
@@ -333,7 +333,7 @@ def test_invariants(data: dict[str, Any]) -> None:
             else:
                 assert stage.cursors[name] == at_branch
     trunk = plan.trunk
-    assert all(before.end_step == after.start_step for before, after in zip(trunk, trunk[1:], strict=False))
+    assert all(before.end_step == after.start_step for before, after in pairwise(trunk))
 
 
 def test_an_unused_source_keeps_its_cursor() -> None:

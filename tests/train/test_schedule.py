@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ WSD = WarmupStableDecay(peak=3e-3, warmup=1000, decay_start=8000, decay_end=10_0
 def test_shapes_are_exact_at_both_ends_and_never_rise(shape: str) -> None:
     path = [glide(3e-3, 1e-4, x / 64, shape) for x in range(65)]
     assert path[0] == 3e-3 and path[-1] == 1e-4
-    assert all(after < before for before, after in zip(path, path[1:], strict=False))
+    assert all(after < before for before, after in pairwise(path))
     assert glide(1.0, 0.0, -1, shape) == 1 and glide(1.0, 0.0, 2, shape) == 0
 
 

@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the virtual environment if it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
+TORCH := torch==2.13.0
+
+.PHONY: install demo test bench check docs clean help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(INSTALLED)  ## virtual environment, pinned libraries, C++ extension (about 2 minutes, then at once)
+
+$(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned libraries into $(VENV) (about 2 minutes the first time)"
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt setuptools wheel pybind11
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,demo,text]'
+	@touch $@
+
+demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 6 minutes on 2 cores)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: install  ## all tests (about 10 minutes on 2 cores; TESTS=tests/data for a part)
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
+	$(BIN)/python -m bench
+
+check: install  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy megatron_smol
+
+docs: install  ## regenerate docs/recipe.md from the recipe's schema
+	$(BIN)/python tools/make_recipe_reference.py
+
+clean:  ## remove what was built and the demo's run (data/ and .venv stay)
+	rm -rf build *.egg-info megatron_smol/*.so runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED)

@@ -1,0 +1,245 @@
+"""The gate: nothing is converted unless transformers and the trainer compute the same on real text.
+
+`compare` runs megatron-core's model and the written Hugging Face folder over the same tokens in fp32: every
+logit, the loss, and greedy continuation through `generate` (key/value cache and generation config included).
+checkpoint/convert.py publishes a folder only after `Agreement.require`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_smol.errors import CheckpointError
+
+MAX_TOKENS, MIN_TOKENS = 2048, 32
+PROMPT_TOKENS, NEW_TOKENS = 24, 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may differ: logits (largest absolute, and RMS relative to the logits' spread), loss in nats."""
+
+    logits: float = float("inf")
+    relative: float = float("inf")
+    loss: float = float("inf")
+    greedy: bool = False
+
+
+# Both sides compute in fp32 with the same weights and differ in the order of additions only. A swapped pair
+# of matrices or a wrong RoPE base changes logits by 1e-2 and more even in an untrained model.
+SAME_WEIGHTS = Limits(logits=1e-4, relative=1e-4, loss=1e-5, greedy=True)
+# Rounding fp32 weights to bf16 (relative error up to 2^-9 each) moves the logits by about 1 % of their spread.
+ROUNDED_TO_BF16 = Limits(relative=0.05, loss=0.02)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was compared and by how much the two differ; losses in nats per token."""
+
+    tokens: int
+    windows: int
+    largest_difference: float
+    relative_difference: float
+    loss_trainer: float
+    loss_hf: float
+    greedy_equal: int
+    greedy_tokens: int
+
+    def describe(self) -> str:
+        return (
+            f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}: largest logit "
+            f"difference {self.largest_difference:.1e}, loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}, "
+            f"{self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
+        )
+
+    def require(self, limits: Limits, what: str) -> None:
+        """Raise CheckpointError with the first measure that differs by more than `limits` allow."""
+        loss_difference = abs(self.loss_trainer - self.loss_hf)
+        measures = (
+            ("logits", "largest absolute difference", self.largest_difference, limits.logits),
+            ("logits", "RMS difference relative to their spread", self.relative_difference, limits.relative),
+            ("loss", "difference in nats per token", loss_difference, limits.loss),
+        )
+        for name, measure, found, limit in measures:
+            if not found <= limit:  # catches NaN too
+                raise CheckpointError(
+                    f"{what}: the {name} of transformers and of the trainer disagree: {measure} {found:.3g}, "
+                    f"allowed {limit:g} ({self.describe()}); nothing was written"
+                )
+        if limits.greedy and self.greedy_equal < self.greedy_tokens:
+            raise CheckpointError(
+                f"{what}: greedy continuation by transformers and by the trainer agree on "
+                f"{self.greedy_equal} tokens, and {self.greedy_tokens} were made; nothing was written"
+            )
+
+
+def text_windows(ids: Sequence[int], seq_length: int) -> list[Tensor]:
+    """Real text as windows [1, s] of up to the model's length, at most MAX_TOKENS in all."""
+    tokens = torch.tensor([int(token) for token in ids[:MAX_TOKENS]])
+    if len(tokens) < MIN_TOKENS:
+        raise CheckpointError(
+            f"the text to compare on has {len(tokens)} tokens; give --text a file of at least {MIN_TOKENS}"
+        )
+    return [window.unsqueeze(0) for window in tokens.split(seq_length) if len(window) > 1]
+
+
+@torch.no_grad()
+def compare(gpt: GPTModel, hf_folder: Path, windows: Sequence[Tensor]) -> Agreement:
+    """Run both models over `windows` of token ids; gpt: fp32, whole (no parallelism).
+
+    Raises CheckpointError when transformers cannot load the folder or has to invent weights.
+    """
+    theirs = load_hf(hf_folder)
+    device = next(gpt.parameters()).device
+    gpt.eval()
+    largest, squares, spread = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    losses = torch.zeros(2, dtype=torch.float64)
+    for window in windows:
+        a = gpt(window.to(device), None, None)[0].float().cpu()  # [s, vocabulary]
+        b = theirs(window).logits[0].float()
+        difference = a - b
+        largest = torch.maximum(largest, difference.abs().max().double())  # maximum keeps NaN
+        squares += float(difference.double().square().sum())
+        spread += float((a - a.mean(1, keepdim=True)).double().square().sum())
+        for index, logits in enumerate((a, b)):
+            losses[index] += F.cross_entropy(logits[:-1].double(), window[0, 1:], reduction="sum")
+    losses /= sum(window.size(1) - 1 for window in windows)
+    ours, generated = _continue_both(gpt, theirs, windows[0][:, :PROMPT_TOKENS])
+    return Agreement(
+        tokens=sum(window.size(1) for window in windows),
+        windows=len(windows),
+        largest_difference=float(largest),
+        relative_difference=(squares / spread) ** 0.5 if spread else float("nan"),
+        loss_trainer=float(losses[0]),
+        loss_hf=float(losses[1]),
+        greedy_equal=_equal_until_a_tie(gpt, windows[0][:, :PROMPT_TOKENS], ours, generated),
+        greedy_tokens=len(ours),
+    )
+
+
+def load_hf(folder: Path) -> Any:
+    """The folder as transformers loads it, in fp32 on the CPU, every weight accounted for."""
+    import transformers
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise a dozen kinds
+        text = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"transformers cannot load {folder}: {text[0] if text else type(error).__name__}"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(
+                f"transformers reports {kind.replace('_', ' ')} in {folder}: {sorted(info[kind])[0]}"
+            )
+    return model.eval()
+
+
+def _continue_both(gpt: GPTModel, theirs: Any, prompt: Tensor) -> tuple[list[int], list[int]]:
+    """Greedy continuations of `prompt` [1, s] by the trainer and by transformers' `generate`."""
+    generated = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,  # go on after an end of text: both sides make the same number of tokens
+        pad_token_id=0,
+    )
+    ids, device = prompt, next(gpt.parameters()).device
+    for _ in range(NEW_TOKENS):
+        best = gpt(ids.to(device), None, None)[0, -1].argmax().cpu()
+        ids = torch.cat([ids, best.view(1, 1)], dim=1)
+    start = prompt.size(1)
+    return ids[0, start:].tolist(), generated[0, start:].tolist()
+
+
+def _equal_until_a_tie(gpt: GPTModel, prompt: Tensor, ours: list[int], theirs: list[int]) -> int:
+    """Tokens that agree; all of them when the first that differs is a tie in the trainer's logits.
+
+    Two candidates closer than rounding cannot be told apart, and what follows them says nothing.
+    """
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    at = next((index for index, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    if at == len(ours):
+        return at
+    if at == len(theirs):
+        return at
+    ids = torch.cat([prompt, torch.tensor([ours[:at]], dtype=prompt.dtype)], dim=1)
+    logits = gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1].float()
+    gap = float(logits[ours[at]] - logits[theirs[at]])
+    return len(ours) if gap <= 2 * SAME_WEIGHTS.logits else at
+
+
+def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:
+    """The written tokenizer files, opened by AutoTokenizer, must give the ids that the model was trained on."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        raise CheckpointError(f"AutoTokenizer cannot use {folder}: {error}") from error
+    if list(found) != [int(token) for token in ids]:
+        at = next((i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), min(len(found), len(ids)))
+        raise CheckpointError(
+            f"AutoTokenizer reads {folder} otherwise than the trainer: token {at} of the text differs; check "
+            "tokenizer_class in the tokenizer's tokenizer_config.json (PreTrainedTokenizerFast reads "
+            "tokenizer.json as it is)"
+        )
+
+
+# What the two models read unless the user gives --text: prose, figures, code, a table, another script.
+TEXT = """\
+The tide rises twice a day because the Moon pulls on the near side of the Earth more strongly than on its centre,
+and on the centre more strongly than on the far side. Two bulges of water form, and the planet turns beneath them.
+When the Sun stands in line with the Moon, its weaker pull is added and the tides are called spring tides; when the
+two pull at right angles, we have neap tides. A harbour master needs more than this simple picture. Depth, the shape
+of the coast, wind and air pressure move the hour of high water and its height, so tables are made from long records
+of each port rather than from the sky alone.
+
+In 1687 a pendulum clock lost about 2 minutes and 28 seconds a day when it was carried from Paris to Cayenne, at
+4.9 degrees north. Nobody had tampered with it: gravity is a little weaker near the equator, where the ground is
+farther from the centre of the Earth. The period of a pendulum of length L is T = 2 * pi * sqrt(L / g), so a change
+of g by 0.35% changes the period by half as much, 0.175%, which is 151 seconds in a day of 86,400 seconds.
+
+def mean_and_variance(values):
+    \"\"\"Welford's method: one pass, no catastrophic cancellation.\"\"\"
+    mean, squares = 0.0, 0.0
+    for count, value in enumerate(values, start=1):
+        delta = value - mean
+        mean += delta / count
+        squares += delta * (value - mean)
+    return mean, squares / max(1, count - 1)
+
+Question: A baker sells 48 loaves in the morning and half as many in the afternoon. How many loaves is that in all?
+Answer: In the afternoon she sells 48 / 2 = 24 loaves. In all she sells 48 + 24 = 72 loaves.
+
+"Why do you write everything down?" asked the boy. "Because," said the old keeper of the lighthouse, "the sea
+remembers nothing. If the lamp failed on a night in March, only this book will know it, and only the book can tell
+whoever comes after me to look at the third lens, which is cracked, and not at the oil, which is good." He closed the
+book, wiped the pen, and put both into the drawer where he kept his bread.
+
+| metal    | density (g/cm3) | melts at (C) |
+|----------|-----------------|--------------|
+| tin      | 7.31            | 231.9        |
+| copper   | 8.96            | 1084.6       |
+| tungsten | 19.25           | 3422         |
+
+Les mots voyagent : "naïve", "café", "Übung", "señor" se lisent dans bien des langues, and a good tokenizer must
+write all of them.
+"""

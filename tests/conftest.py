@@ -1,0 +1,40 @@
+"""Shared fixtures: a tiny recipe with real data, on which a whole run takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megatron_smol.quiet import quiet_libraries
+from tests.data.conftest import train_tokenizer
+from tests.tiny import TinyRun, write_recipe
+
+quiet_libraries()
+os.environ.setdefault("SMOL_DEVICE", "cpu")
+
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources of real Python code and one of its documentation strings, tokenized for a small vocabulary."""
+    from megatron_smol.data.tokenize import preprocess
+
+    folder = tmp_path_factory.mktemp("tiny-data")
+    tokenizer = train_tokenizer(folder / "tokenizer")
+    for name, pattern in {"web": "json/*.py", "code": "email/*.py", "maths": "statistics.py"}.items():
+        rows = folder / f"{name}.jsonl"
+        texts = [file.read_text() for file in sorted(STANDARD_LIBRARY.glob(pattern))]
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        preprocess([rows], folder / name, tokenizer, workers=1)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_data: Path, tmp_path: Path) -> TinyRun:
+    """A recipe of four short stages (one a branch with longer windows) and commands to run it."""
+    return TinyRun(write_recipe(tiny_data, tmp_path), tiny_data, tmp_path)

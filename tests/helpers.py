@@ -1,0 +1,75 @@
+"""Ranks for tests: `run_ranks(fn, n)` runs `fn(*args)` on n gloo ranks and gives back what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+RANK_TIMEOUT_S = 300
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Call `function(*args)` in `ranks` processes of one process group; a failure on any rank fails the test.
+
+    `function` must be importable (a module's top level). The ranks are forked from one server that has
+    imported the package already, so that a test does not pay the imports again.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, ranks, port, results), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(_collect(results, processes))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [found[rank] for rank in range(ranks)]
+
+
+def _collect(results: Any, processes: list[Any]) -> list[tuple[int, Any]]:
+    found = []
+    for _ in processes:
+        try:
+            rank, value, error = results.get(timeout=RANK_TIMEOUT_S)
+        except queue.Empty:
+            raise AssertionError(f"no answer from a rank in {RANK_TIMEOUT_S} s") from None
+        if error is not None:
+            raise AssertionError(f"rank {rank} failed:\n{error}")
+        found.append((rank, value))
+    return found
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, port: int, results: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        SMOL_DEVICE="cpu",
+    )
+    try:
+        results.put((rank, function(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,7 @@
+"""Imported once by the server that test ranks are forked from (see helpers.run_ranks)."""
+
+from megatron_smol.quiet import quiet_libraries
+
+quiet_libraries()
+
+import megatron_smol.checkpoint.store  # noqa: E402, F401
