@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from megatron_smol.errors import UserError
-from megatron_smol.quiet import quiet_libraries
+from megatron_smol.prepare import prepare_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,12 +94,15 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     signal after saving (run again), 2 recipe, 3 data, 4 checkpoint, 5 the loss is not a number.
     """
     from megatron_smol.recipe.load import load_recipe
+    from megatron_smol.train.signals import StopFlag
 
     loaded = load_recipe(recipe, overrides or [])
-    quiet_libraries()
+    stop = StopFlag()
+    stop.install()
+    prepare_libraries()
     from megatron_smol.train.run import train as run
 
-    raise typer.Exit(run(loaded))
+    raise typer.Exit(run(loaded, stop))
 
 
 @app.command()
@@ -128,7 +131,7 @@ def convert_to_hf(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
 ) -> None:
     """Export a checkpoint for transformers; written only if its logits, loss and greedy text are the trainer's."""
-    quiet_libraries()
+    prepare_libraries()
     from megatron_smol.checkpoint.convert import to_hf
 
     to_hf(checkpoint, out, tokenizer=tokenizer, dtype=dtype, text=text, overwrite=overwrite)
@@ -143,7 +146,7 @@ def convert_from_hf(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
 ) -> None:
     """Import a Hugging Face model as a weights-only checkpoint; written only if the trainer computes the same."""
-    quiet_libraries()
+    prepare_libraries()
     from megatron_smol.checkpoint.convert import from_hf
 
     from_hf(model, out, tokenizer=tokenizer, text=text, overwrite=overwrite)
@@ -161,7 +164,7 @@ def generate(
     """Let an exported model continue some text."""
     import json as json_module
 
-    quiet_libraries()
+    prepare_libraries()
     from rich.console import Console
 
     from megatron_smol.post.generate import PROMPTS, generate_samples

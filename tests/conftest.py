@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smol.quiet import quiet_libraries
+from megatron_smol.prepare import prepare_libraries
 from tests.data.conftest import train_tokenizer
 from tests.tiny import TinyRun, write_recipe
 
-quiet_libraries()
+prepare_libraries()
 os.environ.setdefault("SMOL_DEVICE", "cpu")
 
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])

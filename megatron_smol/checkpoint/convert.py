@@ -66,7 +66,6 @@ def to_hf(
     """
     _one_process()
     checkpoint = read_checkpoint(source)
-    verify_files(source)
     state = checkpoint.state
     described, trained = _describe(checkpoint)
     dtype = dtype or trained
@@ -77,6 +76,7 @@ def to_hf(
     described = Description(described.model, described.rope_base, described.seq_length, special)
     with published(out, overwrite) as aside:
         say(f"reading {source}: {described.model.parameters():,} parameters trained in {trained}")
+        verify_files(source)
         gpt = _empty_model(described)
         store.load_model(gpt, checkpoint)
         with _writing(out):
@@ -160,7 +160,9 @@ def _describe(checkpoint: Checkpoint) -> tuple[Description, str]:
         described = Description(model, float(state["rope_base"]), longest, {})
         trained = "bf16" if precision(state["precision"]).bf16 else "fp32"
     except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{checkpoint.path}/{on_disk.STATE} lacks what an export needs: {error!r}") from error
+        raise CheckpointError(
+            f"{checkpoint.path}/{on_disk.STATE} lacks what an export needs: {error!r}"
+        ) from error
     return described, trained
 
 
@@ -211,10 +213,16 @@ def _lasting_name(source: str) -> str:
 def _one_process() -> None:
     """A world of one, on the CPU unless SMOL_DEVICE says otherwise: conversion needs memory, not speed."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("conversion runs in one process whatever the checkpoint's layout; start it without torchrun")
+        raise UserError(
+            "conversion runs in one process whatever the checkpoint's layout; start it without torchrun"
+        )
     os.environ.setdefault("SMOL_DEVICE", "cpu")
     init_parallel(1, 1)
-    if parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    if (
+        parallel_state.get_tensor_model_parallel_world_size()
+        * parallel_state.get_pipeline_model_parallel_world_size()
+        > 1
+    ):
         raise UserError("conversion cannot run inside a job with tensor or pipeline parallel ranks")
     seed_random_streams(0)
 
@@ -256,23 +264,21 @@ def published(out: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"{out} exists; choose another folder, or replace it with --overwrite")
     if out.exists() and not _replaceable(out):
         raise UserError(f"{out} holds no model, so --overwrite does not replace it; choose another folder")
-    aside, old = (out.parent / f"{on_disk.WRITING}{out.name}{ending}" for ending in ("", ".old"))
+    aside = out.parent / f"{on_disk.WRITING}{out.name}"
     try:
         with _writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in (aside, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
             aside.mkdir()
         yield aside
         with _writing(out):
             _make_durable(aside)
             if out.exists():
-                os.rename(out, old)
+                shutil.rmtree(out)
             os.rename(aside, out)
             on_disk._fsync_folder(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(out: Path) -> bool:

@@ -8,6 +8,7 @@ has not compared. Rotary positions are half-split on both sides, so q and k rows
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +148,7 @@ def write_folder(
                 parts = split_weight(weight, tensors[weight.megatron], described.model)
                 shard |= {name: _own_copy(parts[name], dtype) for name in wanted.intersection(weight.hf)}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors shuts others out
     if plan.is_sharded:
         _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
@@ -288,7 +290,9 @@ def _describe(path: Path, config: dict[str, Any], generation: dict[str, Any]) ->
     """config.json's fields as this package's; CheckpointError naming what it cannot train."""
     for name, allowed in _FIXED.items():
         if (found := config.get(name, allowed[-1])) not in allowed:
-            raise CheckpointError(f"{path}/config.json has {name} {found}; this trainer has {allowed[0]} only")
+            raise CheckpointError(
+                f"{path}/config.json has {name} {found}; this trainer has {allowed[0]} only"
+            )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"{path}/config.json scales RoPE by '{kind}'; this trainer has 'default' only")
@@ -339,7 +343,9 @@ def locate(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
     except Exception as error:  # the hub client raises a dozen kinds: offline, not found, gated, no cache
         raise UserError(
             f"could not fetch the model {name} from the hub ({type(error).__name__}), and no local folder has "

@@ -108,15 +108,19 @@ def _save_tensors(describe: Callable[[], dict[str, Any]], writing: Path) -> None
         error = None
     except (Exception, CheckpointException) as exception:
         error = exception
-    with together(f"writing tensors to {writing.parent}"):
+    with together("writing tensors"):
         if error is not None:
-            raise CheckpointError(_reason(error)) from error
+            where = f"writing tensors to {writing.parent} failed"
+            raise CheckpointError(f"{where}: {_reason(error)}; earlier checkpoints are intact") from error
 
 
 def _reason(error: BaseException) -> str:
     """One line for a person: torch wraps the cause of a failed rank in a BaseException with a traceback as text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    reason = lines[-1] if lines else type(error).__name__
+    if "inline_container" in reason:  # torch's zip writer hides the errno of a write that fell short
+        return f"a file could not be written to its end, the disk is full or limits the size of files ({reason})"
+    return reason
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -150,7 +154,7 @@ def _load(describe: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(describe(), str(path))
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(_reason(error)) from error
+            raise CheckpointError(f"loading {path} failed: {_reason(error)}") from error
     return loaded
 
 

@@ -22,6 +22,7 @@ from megatron_smol.errors import CheckpointError
 
 MAX_TOKENS, MIN_TOKENS = 2048, 32
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
+ROWS_AT_ONCE = 256  # of logits in fp64: a row is the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ class Agreement:
     greedy_tokens: int
 
     def describe(self) -> str:
+        logits = (
+            f"largest logit difference {self.largest_difference:.1e}"
+            if self.largest_difference
+            else "logits bit-equal"
+        )
         return (
-            f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}: largest logit "
-            f"difference {self.largest_difference:.1e}, loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}, "
+            f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}: {logits}, loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}, "
             f"{self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
         )
 
@@ -101,28 +106,38 @@ def compare(gpt: GPTModel, hf_folder: Path, windows: Sequence[Tensor]) -> Agreem
     theirs = load_hf(hf_folder)
     device = next(gpt.parameters()).device
     gpt.eval()
-    largest, squares, spread = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-    losses = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)  # squared differences, squared logits, two losses
+    largest = 0.0
     for window in windows:
-        a = gpt(window.to(device), None, None)[0].float().cpu()  # [s, vocabulary]
-        b = theirs(window).logits[0].float()
-        difference = a - b
-        largest = torch.maximum(largest, difference.abs().max().double())  # maximum keeps NaN
-        squares += float(difference.double().square().sum())
-        spread += float((a - a.mean(1, keepdim=True)).double().square().sum())
-        for index, logits in enumerate((a, b)):
-            losses[index] += F.cross_entropy(logits[:-1].double(), window[0, 1:], reduction="sum")
-    losses /= sum(window.size(1) - 1 for window in windows)
-    ours, generated = _continue_both(gpt, theirs, windows[0][:, :PROMPT_TOKENS])
+        ours, other = gpt(window.to(device), None, None)[0].cpu(), theirs(window).logits[0]  # [s, vocabulary]
+        for rows in torch.arange(window.size(1)).split(ROWS_AT_ONCE):
+            a, b = ours[rows].double(), other[rows].double()
+            difference = (a - b).abs()
+            largest = max(largest, float(difference.max().nan_to_num(float("inf"))))
+            following = window[0, rows[0] + 1 : rows[-1] + 2]
+            sums += torch.stack(
+                [
+                    difference.square().sum(),
+                    (a - a.mean(1, keepdim=True)).square().sum(),
+                    *(
+                        F.cross_entropy(logits[: len(following)], following, reduction="sum")
+                        for logits in (a, b)
+                    ),
+                ]
+            )
+    squares, spread, *losses = sums.tolist()
+    predicted = sum(window.size(1) - 1 for window in windows)
+    prompt = windows[0][:, :PROMPT_TOKENS]
+    greedy, generated = _continue_both(gpt, theirs, prompt)
     return Agreement(
         tokens=sum(window.size(1) for window in windows),
         windows=len(windows),
-        largest_difference=float(largest),
+        largest_difference=largest,
         relative_difference=(squares / spread) ** 0.5 if spread else float("nan"),
-        loss_trainer=float(losses[0]),
-        loss_hf=float(losses[1]),
-        greedy_equal=_equal_until_a_tie(gpt, windows[0][:, :PROMPT_TOKENS], ours, generated),
-        greedy_tokens=len(ours),
+        loss_trainer=losses[0] / predicted,
+        loss_hf=losses[1] / predicted,
+        greedy_equal=_equal_until_a_tie(gpt, prompt, greedy, generated),
+        greedy_tokens=len(greedy),
     )
 
 
@@ -151,21 +166,21 @@ def load_hf(folder: Path) -> Any:
 
 
 def _continue_both(gpt: GPTModel, theirs: Any, prompt: Tensor) -> tuple[list[int], list[int]]:
-    """Greedy continuations of `prompt` [1, s] by the trainer and by transformers' `generate`."""
+    """Greedy continuations of `prompt` [1, s] by the trainer and by transformers' `generate`, as it stops."""
     generated = theirs.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        eos_token_id=None,  # go on after an end of text: both sides make the same number of tokens
         pad_token_id=0,
     )
-    ids, device = prompt, next(gpt.parameters()).device
-    for _ in range(NEW_TOKENS):
-        best = gpt(ids.to(device), None, None)[0, -1].argmax().cpu()
-        ids = torch.cat([ids, best.view(1, 1)], dim=1)
-    start = prompt.size(1)
-    return ids[0, start:].tolist(), generated[0, start:].tolist()
+    stop = theirs.generation_config.eos_token_id
+    stops = stop if isinstance(stop, list) else [stop]
+    ids, ours = prompt, []
+    while len(ours) < NEW_TOKENS and (not ours or ours[-1] not in stops):
+        ours.append(int(_last_logits(gpt, ids).argmax()))
+        ids = torch.cat([ids, ids.new_tensor([ours[-1:]])], dim=1)
+    return ours, generated[0, prompt.size(1) :].tolist()
 
 
 def _equal_until_a_tie(gpt: GPTModel, prompt: Tensor, ours: list[int], theirs: list[int]) -> int:
@@ -173,16 +188,16 @@ def _equal_until_a_tie(gpt: GPTModel, prompt: Tensor, ours: list[int], theirs: l
 
     Two candidates closer than rounding cannot be told apart, and what follows them says nothing.
     """
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    at = next((index for index, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    if at == len(ours):
-        return at
-    if at == len(theirs):
-        return at
-    ids = torch.cat([prompt, torch.tensor([ours[:at]], dtype=prompt.dtype)], dim=1)
-    logits = gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1].float()
-    gap = float(logits[ours[at]] - logits[theirs[at]])
-    return len(ours) if gap <= 2 * SAME_WEIGHTS.logits else at
+    shared = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if shared is None:
+        return min(len(ours), len(theirs))
+    logits = _last_logits(gpt, torch.cat([prompt, prompt.new_tensor([ours[:shared]])], dim=1))
+    gap = float(logits[ours[shared]] - logits[theirs[shared]])
+    return len(ours) if gap <= 2 * SAME_WEIGHTS.logits else shared
+
+
+def _last_logits(gpt: GPTModel, ids: Tensor) -> Tensor:
+    return gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1].float().cpu()  # [vocabulary]
 
 
 def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:
@@ -195,7 +210,9 @@ def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:
     except Exception as error:
         raise CheckpointError(f"AutoTokenizer cannot use {folder}: {error}") from error
     if list(found) != [int(token) for token in ids]:
-        at = next((i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), min(len(found), len(ids)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), min(len(found), len(ids))
+        )
         raise CheckpointError(
             f"AutoTokenizer reads {folder} otherwise than the trainer: token {at} of the text differs; check "
             "tokenizer_class in the tokenizer's tokenizer_config.json (PreTrainedTokenizerFast reads "

@@ -23,9 +23,12 @@ from megatron_smol.errors import DataError
 class TokenizerIdentity(Protocol):
     """What a source needs to know of a tokenizer to tell whether it was made with it."""
 
-    name: str
-    sha256: str
-    vocab_size: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def load_source(path: str | Path) -> TokenSource:

@@ -28,8 +28,14 @@ def generate_samples(
     model, tokenizer = _load(hf_folder)
     samples = []
     for index, prompt in enumerate(prompts):
-        ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
+        ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)[
+            "input_ids"
+        ]
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": 0.95}
+            if temperature
+            else {"do_sample": False}
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + index)
             out = model.generate(
@@ -59,5 +65,7 @@ def _load(hf_folder: Path) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(hf_folder, local_files_only=True)
     except Exception as error:  # transformers raises a dozen kinds
         text = str(error).strip().splitlines()
-        raise CheckpointError(f"{hf_folder} cannot be loaded: {text[0] if text else type(error).__name__}") from error
+        raise CheckpointError(
+            f"{hf_folder} cannot be loaded: {text[0] if text else type(error).__name__}"
+        ) from error
     return model.eval(), tokenizer

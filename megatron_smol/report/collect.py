@@ -146,8 +146,17 @@ class RunRecord:
     def source_names(self) -> list[str]:
         return [source.name for source in self.sources]
 
-    def stage(self, name: str | None) -> StageRun | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
+    @property
+    def ledger_agrees(self) -> bool | None:
+        """Whether ledger.json holds the tokens that the metrics add up to; None while its stage runs."""
+        last = self.ledger["stages"][-1]["name"] if self.ledger and self.ledger["stages"] else None
+        by_name = {stage.name: stage for stage in self.stages}
+        if self.ledger is None or last not in by_name or not by_name[last].complete:
+            return None
+        found = {
+            name: source["tokens"] for name, source in self.ledger["sources"].items() if source["tokens"]
+        }
+        return found == {n: t for n, t in tokens_along_lineage(by_name[last], by_name).items() if t}
 
 
 def collect(run_dir: Path) -> RunRecord:
@@ -249,7 +258,7 @@ def _add_step(stage: StageRun, row: dict[str, Any], branch_steps: list[int] | tu
         stage.drawn_for_branch[row["step"]] = dict(stage.drawn)
 
 
-def _tokens_along_lineage(stage: StageRun, stages: dict[str, StageRun]) -> dict[str, int]:
+def tokens_along_lineage(stage: StageRun, stages: dict[str, StageRun]) -> dict[str, int]:
     """Tokens read from each source by the model that stands at the end of `stage`."""
     total = {source: windows * stage.seq_length for source, windows in stage.drawn.items()}
     child = stage
@@ -263,7 +272,7 @@ def _tokens_along_lineage(stage: StageRun, stages: dict[str, StageRun]) -> dict[
 
 def _sources(plan: dict[str, Any], stages: list[StageRun]) -> list[SourceUse]:
     by_name = {stage.name: stage for stage in stages}
-    lineages = [_tokens_along_lineage(stage, by_name) for stage in stages if stage.begun]
+    lineages = [tokens_along_lineage(stage, by_name) for stage in stages if stage.begun]
     planned: dict[str, Any] = plan.get("sources", {})
     names = [*planned, *(n for n in dict.fromkeys(n for s in stages for n in s.drawn) if n not in planned)]
     uses = []

@@ -1,16 +1,11 @@
 """The report's pictures: each function turns a `RunRecord` into one inline SVG.
 
 Every figure is drawn twice, for a wide page and for a phone (`Layout`); the page shows the one that fits.
-Text stays text in the SVG, so it is sharp, searchable and in the page's own typeface. The only module that
-imports matplotlib.
+With `style`, the only module that imports matplotlib.
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -22,71 +17,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_smol.report.collect import RunRecord, StageRun
-
-INK, MUTED, HAIRLINE = "#1f2933", "#66737f", "#e3e8ec"
-# The trunk darkens along the run; branches stand out against it.
-TRUNK_FROM, TRUNK_TO = np.array([0x7F, 0xA8, 0xD1]), np.array([0x12, 0x3A, 0x63])
-BRANCHES = ("#d9622b", "#8a4fbe", "#1f8a70", "#c23b6b", "#a67c00")
-SOURCES = (
-    *("#4269d0", "#efb118", "#e4572e", "#4aa88c", "#a463f2", "#ff8ab7", "#9c6b4e", "#97bbf5", "#3ca951"),
-    *("#9498a0", "#2f4b7c", "#d45087"),
+from megatron_smol.report.style import (
+    INK,
+    MUTED,
+    NARROW,
+    STYLE,
+    WIDE,
+    Layout,
+    inline_svg,
+    is_dark,
+    short,
+    source_colours,
+    stage_colours,
 )
-POINTS_PER_STAGE = 500
-STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Liberation Sans", "Arial", "DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": HAIRLINE,
-    "grid.linewidth": 0.8,
-    "xtick.color": "#9aa5b1",
-    "ytick.color": "#9aa5b1",
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "text.color": INK,
-}
 
-
-@dataclass(frozen=True)
-class Layout:
-    """A page width: figure width in inches and panels side by side."""
-
-    name: str
-    width: float
-    columns: int
-
-
-WIDE, NARROW = Layout("wide", 9.4, 4), Layout("narrow", 4.1, 2)
-
-
-def short(number: float) -> str:
-    """ "150k", "2.5M", "9.89T": three significant digits and a scale."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= scale * 0.9995:
-            return f"{number / scale:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def stage_colours(run: RunRecord) -> dict[str, str]:
-    """A colour for each stage: blues for the trunk, warm and distinct ones for branches."""
-    trunk = [stage for stage in run.stages if not stage.is_branch]
-    branches = [stage for stage in run.stages if stage.is_branch]
-    colours = {stage.name: BRANCHES[i % len(BRANCHES)] for i, stage in enumerate(branches)}
-    for i, stage in enumerate(trunk):
-        mixed = TRUNK_FROM + (TRUNK_TO - TRUNK_FROM) * (i / max(1, len(trunk) - 1))
-        colours[stage.name] = "#" + "".join(f"{round(channel):02x}" for channel in mixed)
-    return colours
-
-
-def source_colours(run: RunRecord) -> dict[str, str]:
-    return {name: SOURCES[i % len(SOURCES)] for i, name in enumerate(run.source_names)}
+POINTS = 900  # along the whole axis, a stage has its share of them
+FEWEST_POINTS = 60  # of a stage
+STEPS_OF_A_LONG_RUN = 5_000
 
 
 def training(run: RunRecord, layout: Layout) -> str:
@@ -98,24 +45,29 @@ def training(run: RunRecord, layout: Layout) -> str:
         tree, loss, lr = figure.subplots(3, sharex=True, height_ratios=[tree_height, 3.4, 1.3])
         _draw_tree(tree, run, layout)
         colours = stage_colours(run)
+        curves = {stage.name: _loss_curve(stage, run) for stage in run.begun}
+        half = max(2, sum(len(y) for _, y in curves.values()) // 150)
         smoothed: dict[str, tuple[Any, Any]] = {}
         for stage in run.begun:
             before = smoothed.get(stage.parent or "")
-            smoothed[stage.name] = _draw_loss(loss, stage, before, colours[stage.name])
-            x, y = binned(stage.series.tokens, stage.series.lr)
-            lr.plot(x, y, color=colours[stage.name], linewidth=1.8, solid_capstyle="round")
+            smoothed[stage.name] = _draw_loss(
+                loss, curves[stage.name], half, stage.start_tokens, before, colours[stage.name]
+            )
+            _draw_lr(lr, stage, colours[stage.name])
         for axes in (loss, lr):
             for boundary in _trunk_boundaries(run):
                 axes.axvline(boundary, color="#b8c2cc", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         _limit_loss(loss, run)
         loss.set_ylabel("training loss (nats per token)")
         lr.set_ylabel("learning rate")
-        lr.set_ylim(bottom=0)
+        lr.set_ylim(0, 1.08 * max((max(stage.series.lr) for stage in run.begun), default=0) or None)
         lr.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
         lr.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
         lr.xaxis.set_major_locator(MaxNLocator(8 if layout is WIDE else 5))
         lr.set_xlabel("tokens along the lineage")
-        return _svg(figure, f"training-{layout.name}", "Stages, training loss and learning rate over tokens")
+        return inline_svg(
+            figure, f"training-{layout.name}", "Stages, training loss and learning rate over tokens"
+        )
 
 
 def _draw_tree(axes: Axes, run: RunRecord, layout: Layout) -> None:
@@ -130,7 +82,11 @@ def _draw_tree(axes: Axes, run: RunRecord, layout: Layout) -> None:
         axes.barh(row, planned, left=stage.start_tokens, height=0.55, color=colour, alpha=0.22, linewidth=0)
         axes.barh(row, done, left=stage.start_tokens, height=0.55, color=colour, linewidth=0)
         if stage.parent in row_of:
-            line = {"color": colour if stage.is_branch else "#b8c2cc", "linewidth": 1.2, "zorder": 1}
+            line: dict[str, Any] = {
+                "color": colour if stage.is_branch else "#b8c2cc",
+                "linewidth": 1.2,
+                "zorder": 1,
+            }
             axes.plot([stage.start_tokens] * 2, [row_of[stage.parent], row], solid_capstyle="butt", **line)
         note = f"{short(planned)} tokens" if layout is NARROW else _stage_note(stage, planned)
         right = stage.start_tokens + planned
@@ -168,25 +124,47 @@ def _stage_note(stage: StageRun, tokens: int) -> str:
     return " · ".join(parts)
 
 
-def _draw_loss(axes: Axes, stage: StageRun, before: tuple[Any, Any] | None, colour: str) -> tuple[Any, Any]:
+def _loss_curve(stage: StageRun, run: RunRecord) -> tuple[Any, Any]:
+    """Loss over tokens, with about as many points per token in every stage."""
+    whole = max(other.last_tokens for other in run.begun)
+    share = (stage.last_tokens - stage.start_tokens) / whole
+    return binned(stage.series.tokens, stage.series.loss, max(FEWEST_POINTS, round(POINTS * share)))
+
+
+def _draw_loss(
+    axes: Axes,
+    curve: tuple[Any, Any],
+    half: int,
+    start_tokens: int,
+    before: tuple[Any, Any] | None,
+    colour: str,
+) -> tuple[Any, Any]:
     """Single steps faint, a running mean on top; returns the mean, from which later stages go on.
 
     `before` is the mean of the stage that this one continues: where it stood there, this one begins.
     """
-    x, y = binned(stage.series.tokens, stage.series.loss)
+    x, y = curve
     axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-    window = max(5, len(y) // 30)
-    if before is None:
-        mean = running_mean(y, window)
-    else:
-        inherited = float(np.interp(stage.start_tokens, *before))
-        mean = running_mean(np.concatenate([np.full(window, inherited), y]), window)[window - 1 :]
-        x = np.insert(x, 0, stage.start_tokens)
+    mean = running_mean(y, half)
+    if before is not None:
+        inherited = float(np.interp(start_tokens, *before))
+        x = np.insert(x, 0, start_tokens)
+        mean = np.insert(
+            running_mean(np.concatenate([np.full(half, inherited), y]), half)[half:], 0, inherited
+        )
     axes.plot(x, mean, color=colour, linewidth=1.9, solid_capstyle="round", solid_joinstyle="round")
     return x, mean
 
 
-def binned(x: Sequence[float], y: Sequence[float], points: int = POINTS_PER_STAGE) -> tuple[Any, Any]:
+def _draw_lr(axes: Axes, stage: StageRun, colour: str) -> None:
+    """The rate of each step over the tokens where the step starts."""
+    series = stage.series
+    starts = np.concatenate([[stage.start_tokens], series.tokens[:-1]])
+    x, y = binned(starts, series.lr)
+    axes.plot([*x, series.tokens[-1]], [*y, y[-1]], color=colour, linewidth=1.8, solid_capstyle="butt")
+
+
+def binned(x: Any, y: Any, points: int = POINTS) -> tuple[Any, Any]:
     """Means of at most `points` runs of neighbours: a picture has no room for millions of steps."""
     x_all, y_all = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x_all) <= points:
@@ -197,20 +175,22 @@ def binned(x: Sequence[float], y: Sequence[float], points: int = POINTS_PER_STAG
     return x_all[np.append(starts[1:], len(x_all)) - 1], np.add.reduceat(y_all, starts) / counts
 
 
-def running_mean(values: Any, window: int) -> Any:
-    """Mean over the last `window` values, fewer at the start: no look-ahead, no gap at either end."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(0, last - window)
+def running_mean(values: Any, half: int) -> Any:
+    """Mean of each value with `half` neighbours on both sides, as many as there are near the ends."""
+    sums = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
+    index = np.arange(len(values))
+    first, last = np.maximum(0, index - half), np.minimum(len(values), index + half + 1)
     return (sums[last] - sums[first]) / (last - first)
 
 
 def _limit_loss(axes: Axes, run: RunRecord) -> None:
     """Let the steep first steps of a long run leave the picture, so that the rest of it has room."""
-    losses = np.concatenate([binned(s.series.tokens, s.series.loss)[1] for s in run.begun] or [np.zeros(1)])
+    if sum(len(stage.series) for stage in run.begun) < STEPS_OF_A_LONG_RUN:
+        return
+    losses = np.concatenate([_loss_curve(stage, run)[1] for stage in run.begun])
     losses = losses[np.isfinite(losses)]
-    if len(losses) > 400:
-        low, high = losses.min(), np.quantile(losses, 0.99)
+    if len(losses):
+        low, high = losses.min(), np.quantile(losses, 0.98)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
@@ -228,8 +208,10 @@ def mixture(run: RunRecord, layout: Layout) -> str:
             planned = {name: source["weight"] for name, source in stage.planned.items()}
             total = sum(stage.drawn.values())
             drawn = {name: windows / total for name, windows in stage.drawn.items()} if total else {}
-            _stacked_bar(axes, row - 0.16, 0.22, planned, names, colours, label=False)
-            _stacked_bar(axes, row + 0.14, 0.36, drawn, names, colours, label=True)
+            _stacked_bar(axes, row - 0.16, 0.22, planned, names, colours, label_above=None)
+            _stacked_bar(
+                axes, row + 0.14, 0.36, drawn, names, colours, label_above=0.07 if layout is WIDE else 0.13
+            )
             axes.text(1.012, row - 0.16, "planned", va="center", size=7.5, color=MUTED)
             axes.text(1.012, row + 0.14, "drawn", va="center", size=7.5, color=INK if drawn else "#b8c2cc")
         axes.set_yticks(range(len(run.stages)), [stage.name for stage in run.stages])
@@ -240,11 +222,7 @@ def mixture(run: RunRecord, layout: Layout) -> str:
         axes.grid(False)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
-        handles = [matplotlib.patches.Patch(color=colours[name], label=name) for name in names]
-        columns = min(len(names), 8 if layout is WIDE else 3)
-        legend = {"ncols": columns, "frameon": False, "handlelength": 1, "columnspacing": 1.4, "fontsize": 9}
-        figure.legend(handles=handles, loc="outside upper left", **legend)
-        return _svg(figure, f"mixture-{layout.name}", "Planned and drawn mixture of each stage")
+        return inline_svg(figure, f"mixture-{layout.name}", "Planned and drawn mixture of each stage")
 
 
 def _stacked_bar(
@@ -254,25 +232,26 @@ def _stacked_bar(
     shares: dict[str, float],
     names: list[str],
     colours: dict[str, str],
-    label: bool,
+    label_above: float | None,  # write the share on segments that are wide enough
 ) -> None:
     left = 0.0
     for name in names:
         share = shares.get(name, 0.0)
         axes.barh(
-            y, share, left=left, height=height, color=colours[name], alpha=1 if label else 0.45, linewidth=0
+            y,
+            share,
+            left=left,
+            height=height,
+            color=colours[name],
+            alpha=0.45 if label_above is None else 1,
+            linewidth=0,
         )
-        if label and share >= 0.09:
-            text_colour = "white" if _is_dark(colours[name]) else INK
+        if label_above is not None and share >= label_above:
+            text_colour = "white" if is_dark(colours[name]) else INK
             axes.text(
                 left + share / 2, y, f"{share:.1%}", ha="center", va="center", size=8, color=text_colour
             )
         left += share
-
-
-def _is_dark(colour: str) -> bool:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 150
 
 
 def throughput(run: RunRecord, layout: Layout) -> str:
@@ -301,7 +280,7 @@ def throughput(run: RunRecord, layout: Layout) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
         axes.set_ylabel("tokens per second")
         axes.set_xlabel(f"time in training steps ({unit})")
-        return _svg(figure, f"throughput-{layout.name}", "Tokens per second over time")
+        return inline_svg(figure, f"throughput-{layout.name}", "Tokens per second over time")
 
 
 def validation(run: RunRecord, layout: Layout) -> str:
@@ -329,12 +308,12 @@ def validation(run: RunRecord, layout: Layout) -> str:
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         panels[0].set_yticks(range(len(stages)), [stage.name for stage in stages])
-        panels[0].set_ylim(len(stages) - 0.5, -0.5)
+        panels[0].set_ylim(len(stages) - 0.5, -0.8)
         for axes in panels[::columns]:
             for label, stage in zip(axes.get_yticklabels(), stages, strict=True):
                 label.set_color(colours[stage.name])
         figure.supxlabel("validation loss (nats per token)", size=9.5, color=MUTED)
-        return _svg(
+        return inline_svg(
             figure, f"validation-{layout.name}", "Validation loss of each source before and after each stage"
         )
 
@@ -362,30 +341,6 @@ def _limit_validation(axes: Axes, source: str, stages: list[StageRun]) -> None:
     if max(values) <= high + 0.5 * (high - low):
         high = max(values)
     else:
-        note = {"ha": "right", "va": "bottom", "size": 7.5, "color": MUTED}
-        axes.text(high + margin, -0.14, f"from {max(values):.2f} →", **note)
+        note: dict[str, Any] = {"ha": "right", "va": "bottom", "size": 7.5, "color": MUTED}
+        axes.text(high + margin, -0.3, f"from {max(values):.2f} →", **note)
     axes.set_xlim(low - margin, high + margin)
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an inline <svg> that scales with the page and has ids of its own."""
-    with matplotlib.rc_context({"svg.hashsalt": name, **STYLE}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # No fixed size, so that it scales; no XML prefixes, which HTML does not know; the page's typeface.
-    text = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
-    text = re.sub(
-        r"<metadata>.*?</metadata>", f"<title>{description}</title>", text, count=1, flags=re.DOTALL
-    )
-    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    text = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL
-    )  # a rule for all of *
-    text = text.replace("xlink:href", "href")
-    # Element ids ("figure_1", "axes_1") would repeat between figures; only referenced ids are needed.
-    text = re.sub(
-        r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|[A-Z]\w*)_\d+"', "", text
-    )
-    return re.sub(r"\s*\n\s*", "\n", text)

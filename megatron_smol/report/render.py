@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from megatron_smol.report import figures
+from megatron_smol.report import figures, style
 from megatron_smol.report.collect import RunRecord, SourceUse, StageRun, collect
-from megatron_smol.report.figures import NARROW, WIDE, short
+from megatron_smol.report.style import NARROW, WIDE, short
 
 REPORT_NAME = "report.html"
 
@@ -45,8 +45,8 @@ def render(run: RunRecord) -> str:
         status=_status(run),
         tiles=_tiles(run),
         verdict=_ledger_verdict(run),
-        stage_colours=figures.stage_colours(run),
-        source_colours=figures.source_colours(run),
+        stage_colours=style.stage_colours(run),
+        source_colours=style.source_colours(run),
         training=_picture(figures.training, run) if run.begun else None,
         mixture=_picture(figures.mixture, run) if run.begun and run.sources else None,
         throughput=_picture(figures.throughput, run) if run.begun else None,
@@ -57,7 +57,7 @@ def render(run: RunRecord) -> str:
     )
 
 
-def _picture(draw: Callable[[RunRecord, figures.Layout], str], run: RunRecord) -> Markup:
+def _picture(draw: Callable[[RunRecord, style.Layout], str], run: RunRecord) -> Markup:
     """Both widths of a figure; the page's CSS shows one."""
     drawn = ((layout.name, draw(run, layout)) for layout in (WIDE, NARROW))
     return Markup("".join(f'<div class="figure {name}">{svg}</div>' for name, svg in drawn))  # our own SVG
@@ -129,7 +129,10 @@ def _ledger_verdict(run: RunRecord) -> tuple[str, str] | None:
         if len(finished) == len(run.stages)
         else f"the {len(finished)} finished stages"
     )
-    return f"{every} drew exactly the planned windows from every source", "good"
+    if run.ledger_agrees is False:
+        return "ledger.json and metrics.jsonl do not add up to the same tokens", "bad"
+    as_well = ", and ledger.json says the same to the token" if run.ledger_agrees else ""
+    return f"{every} drew exactly the planned windows from every source{as_well}", "good"
 
 
 def _stage_row(stage: StageRun) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _stage_row(stage: StageRun) -> dict[str, Any]:
         "steps": f"{len(stage.series):,}"
         + ("" if stage.complete or planned_steps is None else f" of {planned_steps:,}"),
         "from": f"{stage.start_step:,}" + (f" of {stage.parent}" if stage.is_branch else ""),
-        "lr": f"{stage.series.lr[0]:.3g} → {stage.series.lr[-1]:.3g}" if stage.begun else "",
+        "lr": f"{stage.series.lr[0]:.2g} → {stage.series.lr[-1]:.2g}" if stage.begun else "",
         "loss": f"{stage.series.loss[0]:.3f} → {_last_losses(stage):.3f}" if stage.begun else "",
         "speed": f"{speed:,.0f}" if speed else "",
         "time": duration(stage.seconds) if stage.begun else "",
@@ -198,10 +201,10 @@ def _sample(sample: dict[str, str]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """ "48 s", "3 min 20 s", "5 h 12 min", "12 days 3 h"."""
+    """Two units at most: 48 s, 3 min 20 s, 5 h 12 min, 12 d 3 h."""
     whole = round(seconds)
     for unit, size, below, below_size in (
-        ("days", 86400, "h", 3600),
+        ("d", 86400, "h", 3600),
         ("h", 3600, "min", 60),
         ("min", 60, "s", 1),
     ):

@@ -35,11 +35,14 @@ class JsonLines:
     """An append-only file of rows that each carry "stage_index" and "step"."""
 
     def __init__(self, path: Path, progress: tuple[int, int]) -> None:
-        """Open for appending (rank 0 only), dropping rows beyond `progress` and a half-written last row."""
+        """Open for appending (rank 0 only), dropping rows beyond `progress` and a half-written last row.
+
+        A run without a checkpoint is at (0, 0) and starts over: nothing is kept.
+        """
         self._file = None
         if torch.distributed.get_rank() == 0:
-            kept = [line for line in read_rows(path) if (line["stage_index"], line["step"]) <= progress]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in read_rows(path) if (row["stage_index"], row["step"]) <= progress]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept if progress > (0, 0)))
             self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:

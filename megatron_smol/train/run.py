@@ -32,13 +32,11 @@ from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, stop: StopFlag) -> int:
     """Run or continue the recipe on this rank; returns the process's exit code.
 
     0: all stages are done. EXIT_RESTART_ME: a signal came, the run saved itself. Errors are raised.
     """
-    stop = StopFlag()
-    stop.install()
     for name in {recipe.training_of(stage).precision for stage in recipe.stages}:
         precision(name).require(backend())
     init_parallel(recipe.parallel.tp, recipe.parallel.pp)

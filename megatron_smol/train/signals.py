@@ -1,17 +1,14 @@
 """SIGTERM and SIGUSR1 become a flag that all ranks read at the same step.
 
 Slurm sends one of them before the time limit or a preemption; `scancel` and Ctrl-C end up here too. A second
-signal changes nothing: the save under way is what saves the work.
+signal changes nothing: the save under way is what saves the work. Installed before torch is imported (seconds in
+which a signal would otherwise kill the rank), so this file does not import it at its top.
 """
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
-
-import torch
-
-from megatron_smol.model.backend import backend
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -31,6 +28,10 @@ class StopFlag:
 
     def agreed(self) -> int:
         """The signal that any rank received (0: none), the same on all ranks. Called once a step."""
+        import torch
+
+        from megatron_smol.model.backend import backend
+
         flag = torch.tensor([self.received], device=backend().device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return int(flag)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 
 MASK = 2**64 - 1
@@ -22,8 +23,10 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def permutation(size: int, key: int) -> list[int]:
-    """All of a keyed permutation: a Feistel network on the next power of two, cycle-walked."""
+def permute(size: int, key: int, indices: Iterable[int]) -> list[int]:
+    """A keyed permutation of [0, size) at some indices: a Feistel network on the next power of two, cycle-
+    walked.
+    """
     bits = (size - 1).bit_length()
     left_bits, right_bits = bits // 2, bits - bits // 2
     rounds = 24 if bits < 16 else 10
@@ -37,12 +40,16 @@ def permutation(size: int, key: int) -> list[int]:
         return left << right_bits | right
 
     out = []
-    for value in range(size):
+    for value in indices:
         value = network(value)
         while value >= size:
             value = network(value)
         out.append(value)
     return out
+
+
+def permutation(size: int, key: int) -> list[int]:
+    return permute(size, key, range(size))
 
 
 def name_key(seed: int, name: str) -> int:

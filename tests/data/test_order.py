@@ -44,6 +44,9 @@ def test_huge_permutation_stays_in_range_without_collisions(size: int, key: int)
     image = _csrc.permute(size, key, np.concatenate([np.arange(1000), size - 1 - np.arange(1000)]))
     assert image.min() >= 0 and image.max() < size
     assert len(set(image.tolist())) == 2000
+    assert image[::50].tolist() == oracle.permute(
+        size, key, [*range(1000), *range(size - 1, size - 1001, -1)][::50]
+    )
 
 
 def chi_square_deviations(observed: np.ndarray, expected: float, freedom: int) -> float:

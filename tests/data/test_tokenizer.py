@@ -66,7 +66,8 @@ def test_dropped_characters_are_counted_and_treated_as_hugging_face_does(
     tokenizer: Tokenizer, fast: Tokenizer, tokenizer_folder: Path
 ) -> None:
     assert set(MISSING_BYTES) == set(tokenizer._missing_bytes)
-    texts = ["clean", "ab\x04cd the\x1d plan", "", "\U00040000!", "clean again"]
+    # In the second text the quotes are one token only when the byte between them goes before merging.
+    texts = ["clean", 'ab "\x04"" the\x1d plan', "", "\U00040000!", "clean again"]
     for backend in (tokenizer, fast):
         encoded = backend.encode_flat(texts)
         assert encoded.dropped == 3

@@ -86,10 +86,10 @@ def test_a_killed_move_is_seen_as_unfinished(tool: ModuleType, tmp_path: Path) -
     finished(tool, tmp_path)
     partial = tmp_path / ".partial"
     (partial / "raw").mkdir(parents=True)
-    (partial / "raw" / "docs.jsonl").write_text("{}\n{}\n")
+    (partial / "raw" / "docs.jsonl").write_text("[]\n")  # of the old one's size
     with pytest.raises(KeyError):  # a record without its tables stands for a kill after the first rename
         tool._move_into_place(partial, tmp_path, {})
-    assert (tmp_path / "raw" / "docs.jsonl").read_text() == "{}\n{}\n"
+    assert (tmp_path / "raw" / "docs.jsonl").read_text() == "[]\n"
     assert tool.read_record(tmp_path) is None
 
     (partial / "raw").mkdir(parents=True)
