@@ -66,6 +66,9 @@ def preprocess(
     workers: Annotated[int | None, typer.Option(help="Processes; default: one a core. The output is the same.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
     append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text id.")] = True,
+    backend: Annotated[
+        str, typer.Option(help="Tokenizer library: auto (the fast one where its ids are equal), or hf (the reference).")
+    ] = "auto",
     skip_bad: Annotated[bool, typer.Option(help="Count and skip bad rows; without it the first one is an error.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what was made with other settings.")] = False,
 ) -> None:
@@ -81,6 +84,7 @@ def preprocess(
         workers=workers,
         seed=seed,
         append_eod=append_eod,
+        backend=backend,
         skip_bad=skip_bad,
         overwrite=overwrite,
     )
@@ -185,6 +189,15 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, such as runs/
     from megatron_smol.report.render import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers and what is in the way; exit code 2 when something must be mended."""
+    prepare_libraries()
+    from megatron_smol.doctor import print_findings
+
+    raise typer.Exit(0 if print_findings() else 2)
 
 
 def main() -> None:

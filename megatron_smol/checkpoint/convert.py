@@ -1,7 +1,7 @@
-"""`smol convert`: a checkpoint of any layout to a Hugging Face folder, and back, published only when both agree.
+"""`smol convert`: a checkpoint of any layout to a Hugging Face folder and back, published only if both agree.
 
-    torch_dist checkpoint ─ store.load_model ─► GPTModel ─ hf.write_folder ─► OUT aside ─ verify.compare ─► OUT
-    Hugging Face folder ─ hf.HfFolder.fill ─► GPTModel ─ store.save_model ─► OUT aside ─ verify.compare ─► OUT
+    checkpoint ─ store.load_model ─► GPTModel ─ hf.write_folder ─► OUT aside ─ verify.compare ─► OUT
+    HF folder ─ hf.HfFolder.fill ─► GPTModel ─ store.save_model ─► OUT aside ─ verify.compare ─► OUT
 
 One process, fp32, no optimizer. A conversion that fails leaves nothing behind.
 """
@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ def to_hf(
 ) -> Agreement:
     """Export checkpoint `source` as the Hugging Face folder `out`; returns what was compared.
 
-    tokenizer: name or folder, default the run's. dtype: fp32 or bf16, default as it was trained. text: file to
-    compare on. Raises CheckpointError, and writes nothing, when transformers computes anything else.
+    tokenizer: name or folder, default the run's. dtype: fp32 or bf16, default as it was trained. text: file
+    to compare on. Raises CheckpointError, and writes nothing, when transformers computes anything else.
     """
     _one_process()
     checkpoint = read_checkpoint(source)
@@ -93,13 +92,13 @@ def to_hf(
 def _gate_export(
     gpt: GPTModel, aside: Path, windows: list[torch.Tensor], dtype: str, trained: str, what: str, say: Say
 ) -> Agreement:
-    """The mapping is judged with equal weights on both sides; rounding to bf16, where asked for, on its own."""
+    """The mapping is judged with equal weights on both sides; rounding to bf16, if asked for, on its own."""
     if (dtype, trained) == ("bf16", "fp32"):
         rounded = compare(gpt, aside, windows)
         rounded.require(ROUNDED_TO_BF16, f"{what} rounded to bf16")
         say(
-            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their spread "
-            f"(at most {rounded.largest_difference:.1e}) and the loss from {rounded.loss_trainer:.6f} to "
+            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their "
+            f"spread (at most {rounded.largest_difference:.1e}) and the loss from {rounded.loss_trainer:.6f} to "
             f"{rounded.loss_hf:.6f}; allowed {ROUNDED_TO_BF16.relative:.0%} and {ROUNDED_TO_BF16.loss} nats"
         )
         gpt.to(torch.bfloat16).to(torch.float32)
@@ -195,8 +194,8 @@ def _open_tokenizer(name: str, model: Model) -> Tokenizer:
         raise type(error)(f"{error} (with --tokenizer you can name another place)") from error
     if words.vocab_size > model.vocab_size:
         raise CheckpointError(
-            f"tokenizer {name} has {words.vocab_size:,} ids and the model's vocabulary {model.vocab_size:,}: it is "
-            "another model's; name the right one with --tokenizer"
+            f"tokenizer {name} has {words.vocab_size:,} ids and the model's vocabulary {model.vocab_size:,}: "
+            "it is another model's; name the right one with --tokenizer"
         )
     return words
 
@@ -259,7 +258,7 @@ def _windows(words: Tokenizer, text: Path | None, described: Description) -> lis
 
 @contextmanager
 def published(out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    """An empty folder beside `out` that becomes `out` when the block ends well, else it vanishes."""
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder, or replace it with --overwrite")
     if out.exists() and not _replaceable(out):
@@ -275,7 +274,7 @@ def published(out: Path, overwrite: bool) -> Iterator[Path]:
             _make_durable(aside)
             if out.exists():
                 shutil.rmtree(out)
-            os.rename(aside, out)
+            aside.rename(out)
             on_disk._fsync_folder(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

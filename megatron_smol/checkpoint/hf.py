@@ -244,13 +244,13 @@ class HfFolder:
             found -= {"lm_head.weight"}
         if missing := sorted(wanted - found):
             raise CheckpointError(
-                f"{self.path} lacks tensor {missing[0]} ({len(missing)} missing in all), which its config.json "
-                "asks for; fetch the whole model"
+                f"{self.path} lacks tensor {missing[0]} ({len(missing)} missing in all), which its "
+                "config.json asks for; fetch the whole model"
             )
         if unknown := sorted(found - wanted):
             raise CheckpointError(
-                f"{self.path} holds tensor {unknown[0]} ({len(unknown)} unknown in all), which a Llama model of "
-                "this trainer (no biases, no adapters) has no place for"
+                f"{self.path} holds tensor {unknown[0]} ({len(unknown)} unknown in all), which a Llama model "
+                "of this trainer (no biases, no adapters) has no place for"
             )
 
     def dtype(self) -> torch.dtype:
@@ -312,10 +312,10 @@ def _describe(path: Path, config: dict[str, Any], generation: dict[str, Any]) ->
         seq_length = int(config.get("max_position_embeddings", 2048))
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise CheckpointError(f"{path}/config.json does not describe a Llama model: {error}") from error
-    if model.hidden_size % model.heads or config.get("head_dim", None) not in (None, model.head_dim):
+    if model.hidden_size % model.heads or config.get("head_dim") not in (None, model.head_dim):
         raise CheckpointError(
-            f"{path}/config.json has head_dim {config.get('head_dim')}, this trainer has hidden_size / heads = "
-            f"{model.hidden_size} / {model.heads} only"
+            f"{path}/config.json has head_dim {config.get('head_dim')}, this trainer has hidden_size / heads "
+            f"= {model.hidden_size} / {model.heads} only"
         )
     ids = {n: generation.get(n, config.get(n)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     first = {name: token[0] if isinstance(token, list) else token for name, token in ids.items()}

@@ -35,10 +35,11 @@ class Limits:
     greedy: bool = False
 
 
-# Both sides compute in fp32 with the same weights and differ in the order of additions only. A swapped pair
-# of matrices or a wrong RoPE base changes logits by 1e-2 and more even in an untrained model.
-SAME_WEIGHTS = Limits(logits=1e-4, relative=1e-4, loss=1e-5, greedy=True)
-# Rounding fp32 weights to bf16 (relative error up to 2^-9 each) moves the logits by about 1 % of their spread.
+# Both sides compute in fp32 with the same weights and differ in the order of additions, if at all. The relative
+# limit is for models whose logits are small: nearly untrained, a wrong RoPE base moves them by less than 1e-4.
+SAME_WEIGHTS = Limits(logits=1e-4, relative=2e-5, loss=1e-5, greedy=True)
+# Rounding fp32 weights to bf16 (relative error up to 2^-9 each) moves the logits by about 1 % of their spread
+# (0.8 % for SmolLM2-135M, and its loss by less than 0.0001).
 ROUNDED_TO_BF16 = Limits(relative=0.05, loss=0.02)
 
 
@@ -56,15 +57,14 @@ class Agreement:
     greedy_tokens: int
 
     def describe(self) -> str:
+        where = f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}"
         logits = (
             f"largest logit difference {self.largest_difference:.1e}"
             if self.largest_difference
             else "logits bit-equal"
         )
-        return (
-            f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}: {logits}, loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}, "
-            f"{self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
-        )
+        losses = f"loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}"
+        return f"{where}: {logits}, {losses}, {self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
 
     def require(self, limits: Limits, what: str) -> None:
         """Raise CheckpointError with the first measure that differs by more than `limits` allow."""
@@ -201,7 +201,7 @@ def _last_logits(gpt: GPTModel, ids: Tensor) -> Tensor:
 
 
 def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:
-    """The written tokenizer files, opened by AutoTokenizer, must give the ids that the model was trained on."""
+    """The written tokenizer files, opened by AutoTokenizer, must give the trainer's ids."""
     import transformers
 
     try:
@@ -222,17 +222,19 @@ def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:
 
 # What the two models read unless the user gives --text: prose, figures, code, a table, another script.
 TEXT = """\
-The tide rises twice a day because the Moon pulls on the near side of the Earth more strongly than on its centre,
-and on the centre more strongly than on the far side. Two bulges of water form, and the planet turns beneath them.
-When the Sun stands in line with the Moon, its weaker pull is added and the tides are called spring tides; when the
-two pull at right angles, we have neap tides. A harbour master needs more than this simple picture. Depth, the shape
-of the coast, wind and air pressure move the hour of high water and its height, so tables are made from long records
-of each port rather than from the sky alone.
+The tide rises twice a day because the Moon pulls on the near side of the Earth more strongly than
+on its centre, and on the centre more strongly than on the far side. Two bulges of water form, and
+the planet turns beneath them. When the Sun stands in line with the Moon, its weaker pull is added
+and the tides are called spring tides; when the two pull at right angles, we have neap tides. A
+harbour master needs more than this simple picture. Depth, the shape of the coast, wind and air
+pressure move the hour of high water and its height, so tables are made from long records of each
+port rather than from the sky alone.
 
-In 1687 a pendulum clock lost about 2 minutes and 28 seconds a day when it was carried from Paris to Cayenne, at
-4.9 degrees north. Nobody had tampered with it: gravity is a little weaker near the equator, where the ground is
-farther from the centre of the Earth. The period of a pendulum of length L is T = 2 * pi * sqrt(L / g), so a change
-of g by 0.35% changes the period by half as much, 0.175%, which is 151 seconds in a day of 86,400 seconds.
+In 1687 a pendulum clock lost about 2 minutes and 28 seconds a day when it was carried from Paris to
+Cayenne, at 4.9 degrees north. Nobody had tampered with it: gravity is a little weaker near the
+equator, where the ground is farther from the centre of the Earth. The period of a pendulum of
+length L is T = 2 * pi * sqrt(L / g), so a change of g by 0.35% changes the period by half as much,
+0.175%, which is 151 seconds in a day of 86,400 seconds.
 
 def mean_and_variance(values):
     \"\"\"Welford's method: one pass, no catastrophic cancellation.\"\"\"
@@ -243,13 +245,15 @@ def mean_and_variance(values):
         squares += delta * (value - mean)
     return mean, squares / max(1, count - 1)
 
-Question: A baker sells 48 loaves in the morning and half as many in the afternoon. How many loaves is that in all?
+Question: A baker sells 48 loaves in the morning and half as many in the afternoon. How many loaves
+is that in all?
 Answer: In the afternoon she sells 48 / 2 = 24 loaves. In all she sells 48 + 24 = 72 loaves.
 
-"Why do you write everything down?" asked the boy. "Because," said the old keeper of the lighthouse, "the sea
-remembers nothing. If the lamp failed on a night in March, only this book will know it, and only the book can tell
-whoever comes after me to look at the third lens, which is cracked, and not at the oil, which is good." He closed the
-book, wiped the pen, and put both into the drawer where he kept his bread.
+"Why do you write everything down?" asked the boy. "Because," said the old keeper of the lighthouse,
+"the sea remembers nothing. If the lamp failed on a night in March, only this book will know it, and
+only the book can tell whoever comes after me to look at the third lens, which is cracked, and not
+at the oil, which is good." He closed the book, wiped the pen, and put both into the drawer where he
+kept his bread.
 
 | metal    | density (g/cm3) | melts at (C) |
 |----------|-----------------|--------------|
@@ -257,6 +261,6 @@ book, wiped the pen, and put both into the drawer where he kept his bread.
 | copper   | 8.96            | 1084.6       |
 | tungsten | 19.25           | 3422         |
 
-Les mots voyagent : "naïve", "café", "Übung", "señor" se lisent dans bien des langues, and a good tokenizer must
-write all of them.
+Les mots voyagent : "naïve", "café", "Übung", "señor" se lisent dans bien des langues, and a good
+tokenizer must write all of them.
 """

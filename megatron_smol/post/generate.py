@@ -20,8 +20,8 @@ def generate_samples(
 ) -> list[dict[str, str]]:
     """Continue each prompt; returns [{"prompt", "text"}], text being the new part.
 
-    temperature 0 takes the likeliest token each time; above, tokens are drawn among the likeliest that make up
-    95 %. The same seed gives the same text.
+    temperature 0 takes the likeliest token each time; above, tokens are drawn among the likeliest that make
+    up 95 %. The same seed gives the same text.
     """
     import torch
 

@@ -222,7 +222,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _planned_stage(index: int, entry: dict[str, Any]) -> StageRun:
-    settings = ("seq_length", "global_batch", "rope_base", "precision", "document_mask")
+    settings = ("seq_length", "global_batch", "rope_base", "precision", "document_mask", "lr_end")
     placed = ("name", "parent", "is_branch", "start_step", "end_step", "start_tokens", "end_tokens")
     return StageRun(
         index=index,

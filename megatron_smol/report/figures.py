@@ -161,7 +161,9 @@ def _draw_lr(axes: Axes, stage: StageRun, colour: str) -> None:
     series = stage.series
     starts = np.concatenate([[stage.start_tokens], series.tokens[:-1]])
     x, y = binned(starts, series.lr)
-    axes.plot([*x, series.tokens[-1]], [*y, y[-1]], color=colour, linewidth=1.8, solid_capstyle="butt")
+    # A finished stage's line ends with the rate that the plan gives there, where the next one begins.
+    end = stage.settings.get("lr_end", y[-1]) if stage.complete else y[-1]
+    axes.plot([*x, series.tokens[-1]], [*y, end], color=colour, linewidth=1.8, solid_capstyle="butt")
 
 
 def binned(x: Any, y: Any, points: int = POINTS) -> tuple[Any, Any]:

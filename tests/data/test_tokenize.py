@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def in_order(lines: Path, seed: int | None) -> list[str]:
-    """The order that a seed stands for: all documents sorted by their keys, however they are cut into shards."""
+    """The order that a seed stands for: all documents by their keys, however they are cut into shards."""
     keyed: list[tuple[int, str]] = []
     for block in corpus.iter_blocks([lines]):
         texts = [text for (text,) in corpus.read_documents(block, "text")]
