@@ -29,7 +29,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not inherit it
 
 "$VENV/bin/smol" plan "examples/$MODEL.yaml" $OVERRIDES || exit   # a recipe that does not plan never starts
 
-srun --export=ALL --kill-on-bad-exit=1 bash -c '
+# --wait: when one rank leaves, the others have 60 s to leave too (all save and return 75 together) before they are ended.
+srun --export=ALL --kill-on-bad-exit=0 --wait=60 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$(( SLURM_NTASKS / SLURM_NNODES ))
   exec "$0" -m megatron_smol train "$@"' "$VENV/bin/python" "examples/$MODEL.yaml" $OVERRIDES
 code=$?

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -67,7 +67,7 @@ def preprocess(
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
     append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text id.")] = True,
     backend: Annotated[
-        str, typer.Option(help="Tokenizer library: auto (the fast one where its ids are equal), or hf (the reference).")
+        Literal["auto", "hf"], typer.Option(help="Tokenizer library: auto (the fast one where its ids are equal), or hf (the reference).")
     ] = "auto",
     skip_bad: Annotated[bool, typer.Option(help="Count and skip bad rows; without it the first one is an error.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what was made with other settings.")] = False,

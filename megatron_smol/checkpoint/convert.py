@@ -97,9 +97,9 @@ def _gate_export(
         rounded = compare(gpt, aside, windows)
         rounded.require(ROUNDED_TO_BF16, f"{what} rounded to bf16")
         say(
-            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their "
-            f"spread (at most {rounded.largest_difference:.1e}) and the loss from {rounded.loss_trainer:.6f} to "
-            f"{rounded.loss_hf:.6f}; allowed {ROUNDED_TO_BF16.relative:.0%} and {ROUNDED_TO_BF16.loss} nats"
+            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their spread"
+            f" (at most {rounded.largest_difference:.1e}; allowed {ROUNDED_TO_BF16.relative:.0%}) and the loss from"
+            f" {rounded.loss_trainer:.6f} to {rounded.loss_hf:.6f} (allowed {ROUNDED_TO_BF16.loss} nats)"
         )
         gpt.to(torch.bfloat16).to(torch.float32)
     agreement = compare(gpt, aside, windows)

@@ -348,6 +348,6 @@ def locate(name: str) -> Path:
         )
     except Exception as error:  # the hub client raises a dozen kinds: offline, not found, gated, no cache
         raise UserError(
-            f"could not fetch the model {name} from the hub ({type(error).__name__}), and no local folder has "
-            "that name; go online, or give a local folder"
+            f"could not fetch the model {name} from the hub ({type(error).__name__}), and no local folder "
+            "has that name; go online, or give a local folder"
         ) from error

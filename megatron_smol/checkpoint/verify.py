@@ -35,8 +35,8 @@ class Limits:
     greedy: bool = False
 
 
-# Both sides compute in fp32 with the same weights and differ in the order of additions, if at all. The relative
-# limit is for models whose logits are small: nearly untrained, a wrong RoPE base moves them by less than 1e-4.
+# Both sides compute in fp32 with the same weights and differ in the order of additions, if at all. The
+# relative limit is for small logits: nearly untrained, a wrong RoPE base moves them by less than 1e-4.
 SAME_WEIGHTS = Limits(logits=1e-4, relative=2e-5, loss=1e-5, greedy=True)
 # Rounding fp32 weights to bf16 (relative error up to 2^-9 each) moves the logits by about 1 % of their spread
 # (0.8 % for SmolLM2-135M, and its loss by less than 0.0001).

@@ -78,12 +78,17 @@ def _prepare_folder(plan: Plan) -> None:
     try:
         open_run_folder(recipe)
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
-        write_text(recipe.run_path / "versions.json", json.dumps(versions(), indent=1) + "\n")
+        write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
+
+
+def _circumstances() -> dict[str, str]:
+    ranks = torch.distributed.get_world_size()
+    return versions() | {"ranks": str(ranks), "device": backend().describe()}
 
 
 def _start_or_resume(trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What this run was made with."""
-    names = ("megatron-smol", "megatron-core", "torch", "numpy")
-    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+    """What this run was made with, and on what."""
+    names = ("megatron-smol", "megatron-core", "torch", "transformers", "transformer-engine", "numpy")
+    return {name: _version(name) for name in names} | {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+    }
 
 
 def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,0 +1,275 @@
+"""Conversion both ways: byte-equal, published only when right, and nothing left behind when not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from megatron_smol import cli
+from megatron_smol.checkpoint import convert, hf, store
+from megatron_smol.checkpoint.convert import from_hf, published, to_hf
+from megatron_smol.checkpoint.folder import read_checkpoint
+from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.recipe.schema import Model
+from tests.checkpoint import shapes
+from tests.helpers import run_ranks
+
+
+def quiet(_: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    path = tmp_path_factory.mktemp("run") / "one-00000003"
+    shapes.save_checkpoint(path, shapes.small_model(), tokenizer_folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    to_hf(checkpoint, out, say=quiet)
+    return out
+
+
+@settings(max_examples=8, deadline=None)
+@given(model=shapes.models(), name=st.sampled_from(["fp32", "bf16"]))
+def test_round_trips_are_byte_equal(tokenizer_folder: Path, model: Model, name: str) -> None:
+    with TemporaryDirectory() as folder:
+        first, out, second, again = (Path(folder) / part for part in ("a", "b", "c", "d"))
+        shapes.save_checkpoint(first, model, tokenizer_folder, name)
+        to_hf(first, out, say=quiet)
+        from_hf(str(out), second, say=quiet)
+        to_hf(second, again, say=quiet)
+        assert shapes.equal(stored(first, name), stored(second, name))  # Megatron -> HF -> Megatron
+        assert shapes.equal(load_file(out / hf.SINGLE), load_file(again / hf.SINGLE))  # HF -> Megatron -> HF
+        for file in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (out / file).read_bytes() == (again / file).read_bytes()
+
+
+def stored(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint as they are on disk."""
+    saved = read_checkpoint(path)
+    gpt = shapes.build(Model(**saved.state["model"]), seed=9)
+    gpt.to(hf.DTYPES[name])
+    store.load_model(gpt, saved)
+    return shapes.weights(gpt)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "name"),
+    [(1, 1, "fp32"), (2, 1, "bf16"), (1, 2, "fp32")],
+    ids=["dp2", "tp2 bf16", "pp2 untied"],
+)
+def test_any_layout_is_read_by_one_process(
+    tmp_path: Path, tokenizer_folder: Path, tp: int, pp: int, name: str
+) -> None:
+    source, out = tmp_path / "one-00000003", tmp_path / "hf"
+    run_ranks(shapes.save_from_ranks, 2, str(source), str(tokenizer_folder), tp, pp, name)
+    to_hf(source, out, say=quiet)
+    theirs = hf.HfFolder.open(out)
+    assert theirs.dtype() is hf.DTYPES[name]
+    whole = shapes.build(theirs.described.model, seed=42)  # initial weights do not depend on the layout
+    expected = whole.decoder.layers[1].mlp.linear_fc1.weight.to(hf.DTYPES[name])
+    names = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    assert torch.equal(torch.cat([theirs.tensor(name) for name in names]), expected)
+
+
+def test_the_export_works_in_plain_transformers(exported: Path) -> None:
+    pipe = transformers.pipeline("text-generation", model=str(exported))
+    text = pipe("def mean(", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("def mean(")
+    assert transformers.AutoTokenizer.from_pretrained(exported)("a 12 b", add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
+def test_the_folder_is_complete_and_nothing_lies_beside_it(exported: Path) -> None:
+    assert [path.name for path in exported.parent.iterdir()] == ["hf"]
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_fp32_can_be_written_as_bf16_and_is_judged_twice(checkpoint: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    agreement = to_hf(checkpoint, tmp_path / "hf", dtype="bf16", say=said.append)
+    assert agreement.largest_difference < 1e-4
+    assert any("rounding fp32 weights to bf16 moved the logits by" in line for line in said)
+    folder, full = hf.HfFolder.open(tmp_path / "hf"), stored(checkpoint, "fp32")
+    assert folder.dtype() is torch.bfloat16
+    assert torch.equal(folder.tensor("model.norm.weight"), full["decoder.final_layernorm.weight"].bfloat16())
+
+
+def test_bf16_weights_can_be_written_as_fp32(tmp_path: Path, tokenizer_folder: Path) -> None:
+    shapes.save_checkpoint(tmp_path / "a", shapes.small_model(), tokenizer_folder, "bf16")
+    to_hf(tmp_path / "a", tmp_path / "hf", dtype="fp32", say=quiet)
+    assert hf.HfFolder.open(tmp_path / "hf").dtype() is torch.float32
+
+
+def test_an_import_is_a_checkpoint_that_training_can_load(exported: Path, tmp_path: Path) -> None:
+    from_hf(str(exported), tmp_path / "imported", say=quiet)
+    saved = read_checkpoint(tmp_path / "imported")
+    assert (saved.stage, saved.step, saved.progress) == ("imported", 0, (-1, 0))
+    assert saved.state["rope_base"] == shapes.ROPE_BASE and saved.state["seq_length"] == shapes.LENGTH
+    assert saved.state["model"] == shapes.small_model().model_dump()
+    assert saved.state["special_ids"] == shapes.SPECIAL_IDS | {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def test_the_longest_stage_sets_the_positions(tmp_path: Path, tokenizer_folder: Path) -> None:
+    state = shapes.state(shapes.small_model(), tokenizer_folder)
+    state["ledger"]["stages"] = [{"seq_length": 512}, {"seq_length": 64}]
+    store.save_model(shapes.build(shapes.small_model()), tmp_path / "a", state)
+    to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 512
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
+
+
+def _gate_and_up_swapped(weight: hf.Weight, tensor: torch.Tensor, model: Model) -> dict[str, torch.Tensor]:
+    parts = _right_split(weight, tensor, model)
+    return dict(zip(parts, reversed(parts.values()), strict=True)) if weight.layout == "gate_up" else parts
+
+
+_right_split = hf.split_weight
+
+
+def test_a_wrong_export_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "split_weight", _gate_and_up_swapped)
+    with pytest.raises(CheckpointError, match=r"exporting .* disagree: .* nothing was written"):
+        to_hf(checkpoint, tmp_path / "hf", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_import_leaves_nothing(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "_join_qkv", lambda q, k, v, model: torch.cat([q, k, v]))
+    with pytest.raises(CheckpointError, match=r"importing .* disagree: .* nothing was written"):
+        from_hf(str(exported), tmp_path / "imported", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_export_does_not_replace_a_right_one(
+    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "hf"
+    shutil.copytree(exported, out)
+    with pytest.raises(UserError, match=r"exists; choose another folder, or replace it with --overwrite"):
+        to_hf(checkpoint, out, say=quiet)
+    before = (out / hf.SINGLE).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(hf, "split_weight", _gate_and_up_swapped)
+        with pytest.raises(CheckpointError):
+            to_hf(checkpoint, out, overwrite=True, say=quiet)
+    assert (out / hf.SINGLE).read_bytes() == before
+    (out / "stale").touch()
+    to_hf(checkpoint, out, overwrite=True, say=quiet)
+    assert not (out / "stale").exists() and (out / hf.SINGLE).read_bytes() == before
+
+
+def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with (
+        pytest.raises(UserError, match="holds no model, so --overwrite does not replace it"),
+        published(tmp_path / "home", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "home" / "letter.txt").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_is_one_sentence(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"hf could not be written \(.*No space left.*\); nothing was left"
+    ):
+        to_hf(checkpoint, tmp_path / "hf", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    shard = next(damaged.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        to_hf(damaged, tmp_path / "hf", say=quiet)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_whose_weights_are_another_models(tmp_path: Path, tokenizer_folder: Path) -> None:
+    state = shapes.state(shapes.small_model(ffn_size=44), tokenizer_folder)
+    store.save_model(shapes.build(shapes.small_model()), tmp_path / "a", state)
+    with pytest.raises(CheckpointError, match="loading .* failed: .*linear_fc"):
+        to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_another_models_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    shapes.save_checkpoint(tmp_path / "a", shapes.small_model(vocab_size=500), tokenizer_folder)
+    with pytest.raises(CheckpointError, match=r"has 600 ids and the model's vocabulary 500: it is another"):
+        to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
+
+
+def test_a_lost_tokenizer_can_be_named(checkpoint: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
+    shapes.save_checkpoint(tmp_path / "a", shapes.small_model(), tmp_path / "gone")
+    with pytest.raises(UserError, match=r"no tokenizer folder .*with --tokenizer you can name another place"):
+        to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
+    to_hf(tmp_path / "a", tmp_path / "hf", tokenizer=str(tokenizer_folder), say=quiet)
+
+
+def test_arguments_that_cannot_be(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--dtype fp16 is not known; did you mean"):
+        to_hf(checkpoint, tmp_path / "hf", dtype="fp16", say=quiet)
+    with pytest.raises(UserError, match=r"--text .*gone cannot be read"):
+        to_hf(checkpoint, tmp_path / "hf", text=tmp_path / "gone", say=quiet)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at"):
+        to_hf(tmp_path / "gone", tmp_path / "hf", say=quiet)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        to_hf(checkpoint, tmp_path / "hf", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    text = tmp_path / "text"
+    text.write_text(Path(convert.__file__).read_text())
+    assert _smol(monkeypatch, "convert", "to-hf", checkpoint, tmp_path / "hf", "--text", text) == 0
+    assert "greedy tokens equal" in capsys.readouterr().out
+    assert _smol(monkeypatch, "convert", "from-hf", tmp_path / "hf", tmp_path / "back") == 0
+    assert _smol(monkeypatch, "convert", "to-hf", tmp_path / "gone", tmp_path / "x") == 4
+    assert capsys.readouterr().err.startswith("error: no checkpoint at")
+
+
+def _smol(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["smol", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)

@@ -1,0 +1,176 @@
+"""The gate lets through what is right and nothing else: each way to get an export wrong is tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors.torch import load_file, save_file
+
+from megatron_smol.checkpoint import hf, verify
+from megatron_smol.checkpoint.verify import SAME_WEIGHTS, TEXT, compare, require_same_tokenizer, text_windows
+from megatron_smol.data.tokenizer import Tokenizer
+from megatron_smol.errors import CheckpointError
+from tests.checkpoint.shapes import LENGTH, build, describe, small_model
+
+Tensors = dict[str, torch.Tensor]
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.0.mlp"
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPTModel:
+    return build(small_model())
+
+
+@pytest.fixture
+def exported(gpt: GPTModel, tmp_path: Path) -> Path:
+    tensors = hf.megatron_tensors(dict(gpt.named_parameters()))
+    hf.write_folder(tmp_path, describe(small_model()), tensors, torch.float32)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer: Tokenizer) -> list[torch.Tensor]:
+    return text_windows(tokenizer.encode_batch([TEXT])[0].tolist()[:400], LENGTH)
+
+
+def test_a_right_export_passes(gpt: GPTModel, exported: Path, windows: list[torch.Tensor]) -> None:
+    agreement = compare(gpt, exported, windows)
+    agreement.require(SAME_WEIGHTS, "test")
+    assert agreement.tokens == 400 and agreement.windows == 4
+    assert agreement.greedy_equal == agreement.greedy_tokens > 0
+    assert agreement.largest_difference < 1e-5
+
+
+def _swap(tensors: Tensors, a: str, b: str) -> None:
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def _rows(tensors: Tensors, name: str, order: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Reorder the heads [heads, 8, h] of an attention weight."""
+    weight = tensors[name]
+    tensors[name] = order(weight.view(-1, 8, weight.size(1))).reshape(weight.shape).contiguous()
+
+
+def _interleave(heads: torch.Tensor) -> torch.Tensor:
+    """Half-split rotary rows as interleaved ones: the classic wrong export."""
+    return heads.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+
+
+WRONG: dict[str, Callable[[Tensors], None]] = {
+    "gate and up swapped": lambda t: _swap(t, f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"),
+    "query heads permuted": lambda t: _rows(t, f"{ATTENTION}.q_proj.weight", lambda q: q[[1, 0, 2, 3, 4, 5]]),
+    "grouped by key head, not by query": lambda t: _rows(
+        t, f"{ATTENTION}.q_proj.weight", lambda q: q.unflatten(0, (2, 3)).transpose(0, 1).flatten(0, 1)
+    ),
+    "key heads swapped": lambda t: _rows(t, f"{ATTENTION}.k_proj.weight", lambda k: k.flip(0)),
+    "key and value swapped": lambda t: _swap(t, f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.v_proj.weight"),
+    "interleaved rotary rows": lambda t: (
+        _rows(t, f"{ATTENTION}.q_proj.weight", _interleave),
+        _rows(t, f"{ATTENTION}.k_proj.weight", _interleave),
+    )[0],
+    "norms swapped": lambda t: _swap(
+        t, "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"
+    ),
+    "layers swapped": lambda t: _swap(t, f"{MLP}.down_proj.weight", "model.layers.1.mlp.down_proj.weight"),
+    "one embedding row lost": lambda t: t["model.embed_tokens.weight"][100].zero_(),
+    "NaN": lambda t: t["model.norm.weight"].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_weights_are_refused(
+    wrong: str, gpt: GPTModel, exported: Path, windows: list[torch.Tensor]
+) -> None:
+    tensors = load_file(exported / hf.SINGLE)
+    WRONG[wrong](tensors)
+    save_file(tensors, exported / hf.SINGLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the logits .* disagree: .* allowed 0.0001"):
+        compare(gpt, exported, windows).require(SAME_WEIGHTS, "test")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_theta": 10000.0},
+        {"rms_norm_eps": 1e-2},
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
+    ],
+    ids=["rope base", "norm eps", "head shape"],
+)
+def test_a_wrong_config_is_refused(
+    change: dict[str, object], gpt: GPTModel, exported: Path, windows: list[torch.Tensor]
+) -> None:
+    config = exported / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CheckpointError, match="the logits"):
+        compare(gpt, exported, windows).require(SAME_WEIGHTS, "test")
+
+
+def test_a_wrong_rope_base_is_seen_in_an_untrained_model(tmp_path: Path, windows: list[torch.Tensor]) -> None:
+    model = small_model(init_std=0.02)
+    tensors = hf.megatron_tensors(dict((gpt := build(model)).named_parameters()))
+    described = describe(model)
+    hf.write_folder(
+        tmp_path, hf.Description(model, 10000.0, LENGTH, described.special_ids), tensors, torch.float32
+    )
+    with pytest.raises(CheckpointError, match="the logits"):
+        compare(gpt, tmp_path, windows).require(SAME_WEIGHTS, "test")
+
+
+def test_weights_that_transformers_would_invent(
+    gpt: GPTModel, exported: Path, windows: list[torch.Tensor]
+) -> None:
+    tensors = load_file(exported / hf.SINGLE)
+    del tensors["model.norm.weight"]  # transformers would put ones there, with a warning only
+    save_file(tensors, exported / hf.SINGLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing keys .* model.norm.weight"):
+        compare(gpt, exported, windows)
+
+
+def test_each_measure_has_its_word() -> None:
+    fine = verify.Agreement(100, 1, 1e-6, 1e-7, 5.0, 5.0, 16, 16)
+    fine.require(SAME_WEIGHTS, "test")
+    for change, word in (
+        ({"largest_difference": 2e-4}, "largest absolute difference 0.0002, allowed 0.0001"),
+        ({"relative_difference": float("nan")}, "RMS difference relative to their spread nan"),
+        ({"loss_hf": 5.001}, "difference in nats per token 0.001"),
+        ({"greedy_equal": 15}, "agree on 15 tokens"),
+    ):
+        with pytest.raises(CheckpointError, match=word):
+            verify.Agreement(**vars(fine) | change).require(SAME_WEIGHTS, "test")
+
+
+def test_a_tie_is_not_a_disagreement(monkeypatch: pytest.MonkeyPatch, gpt: GPTModel) -> None:
+    prompt = torch.tensor([[1, 2]])
+    monkeypatch.setattr(verify, "_last_logits", lambda gpt, ids: torch.tensor([0.0, 1.0, 1.00005, 3.0]))
+    assert verify._equal_until_a_tie(gpt, prompt, [3, 2, 0], [3, 1, 3]) == 3
+    assert verify._equal_until_a_tie(gpt, prompt, [3, 3, 0], [3, 1, 3]) == 1
+    assert verify._equal_until_a_tie(gpt, prompt, [3, 3], [3]) == 1
+
+
+def test_text_becomes_windows_of_the_models_length() -> None:
+    assert [w.size(1) for w in text_windows(range(100), 40)] == [40, 40, 20]
+    assert [w.size(1) for w in text_windows(range(81), 40)] == [40, 40]  # one token predicts nothing
+    assert sum(w.size(1) for w in text_windows(range(10_000), 512)) == verify.MAX_TOKENS
+    with pytest.raises(CheckpointError, match="has 5 tokens; give --text a file of at least 32"):
+        text_windows(range(5), 40)
+
+
+def test_a_tokenizer_that_autotokenizer_reads_otherwise(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    ids = tokenizer.encode_batch([TEXT])[0].tolist()
+    require_same_tokenizer(tmp_path, TEXT, ids)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["pre_tokenizer"]["pretokenizers"] = document["pre_tokenizer"]["pretokenizers"][1:]
+    document["model"]["merges"].insert(0, ["1", "6"])
+    document["model"]["vocab"]["16"] = 600
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(
+        CheckpointError, match=r"AutoTokenizer reads .* otherwise than the trainer: token \d+"
+    ):
+        require_same_tokenizer(tmp_path, TEXT, ids)
