@@ -17,7 +17,7 @@ python tools/make_demo_data.py --out $DATA
 
 step "2/6 text to tokens"
 for source in docs code math textbook; do
-  smol preprocess $DATA/raw/$source.jsonl --output $DATA/$source --tokenizer $DATA/tokenizer
+  smol preprocess $DATA/raw/$source.jsonl --output $DATA/$source --tokenizer $DATA/tokenizer --overwrite
 done
 
 step "3/6 the plan: what will be read, when, at which learning rate"

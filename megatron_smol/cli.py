@@ -168,7 +168,6 @@ def generate(
     """Let an exported model continue some text."""
     import json as json_module
 
-    prepare_libraries()
     from rich.console import Console
 
     from megatron_smol.post.generate import PROMPTS, generate_samples

@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_smol.quiet import quiet_libraries
-
 from megatron_smol.errors import UserError
+from megatron_smol.prepare import prepare_libraries
 
 EXAMPLES = """
 examples:
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    quiet_libraries()
+    prepare_libraries()
     from megatron_smol.checkpoint.convert import from_hf, to_hf
 
     try:

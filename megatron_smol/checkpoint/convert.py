@@ -65,13 +65,15 @@ def to_hf(
     """
     _one_process()
     checkpoint = read_checkpoint(source)
+    source = checkpoint.path
     state = checkpoint.state
     described, trained = _describe(checkpoint)
     dtype = dtype or trained
     if dtype not in hf.DTYPES:
         raise UserError(f"--dtype {dtype} is not known; {nearest(dtype, hf.DTYPES)}")
     words = _open_tokenizer(tokenizer or state["tokenizer"], described.model)
-    special = state.get("special_ids") or {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
+    end = words.eod_id  # as SmolLM2's base models: begin and end of text are the same token
+    special = state.get("special_ids") or {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     described = Description(described.model, described.rope_base, described.seq_length, special)
     with published(out, overwrite) as aside:
         say(f"reading {source}: {described.model.parameters():,} parameters trained in {trained}")
@@ -97,9 +99,10 @@ def _gate_export(
         rounded = compare(gpt, aside, windows)
         rounded.require(ROUNDED_TO_BF16, f"{what} rounded to bf16")
         say(
-            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their spread"
-            f" (at most {rounded.largest_difference:.1e}; allowed {ROUNDED_TO_BF16.relative:.0%}) and the loss from"
-            f" {rounded.loss_trainer:.6f} to {rounded.loss_hf:.6f} (allowed {ROUNDED_TO_BF16.loss} nats)"
+            f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their "
+            f"spread, at most {rounded.largest_difference:.1e} (allowed {ROUNDED_TO_BF16.relative:.0%}), "
+            f"and the loss from {rounded.loss_trainer:.6f} to {rounded.loss_hf:.6f} "
+            f"(allowed {ROUNDED_TO_BF16.loss} nats)"
         )
         gpt.to(torch.bfloat16).to(torch.float32)
     agreement = compare(gpt, aside, windows)

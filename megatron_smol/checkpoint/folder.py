@@ -51,7 +51,12 @@ def checkpoint_name(stage: str, step: int) -> str:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint by its folder, with a clear word for what is not one."""
+    """Open a checkpoint by its folder, or the newest of a run's folder, with a clear word for what is neither."""
+    if (path / "checkpoints").is_dir():
+        published = list_checkpoints(path / "checkpoints")
+        if not published:
+            raise CheckpointError(f"{path} holds no published checkpoint yet; train first")
+        return published[-1]
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; published ones: {_names(path.parent)}")
     if not (path / COMPLETE).is_file():

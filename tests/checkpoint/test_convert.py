@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_smol import cli
 from megatron_smol.checkpoint import convert, hf, store
@@ -43,7 +45,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     return out
 
 
-@settings(max_examples=8, deadline=None)
+# Shrinking a failure would take minutes.
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(model=shapes.models(), name=st.sampled_from(["fp32", "bf16"]))
 def test_round_trips_are_byte_equal(tokenizer_folder: Path, model: Model, name: str) -> None:
     with TemporaryDirectory() as folder:
@@ -53,6 +56,7 @@ def test_round_trips_are_byte_equal(tokenizer_folder: Path, model: Model, name: 
         from_hf(str(out), second, say=quiet)
         to_hf(second, again, say=quiet)
         assert shapes.equal(stored(first, name), stored(second, name))  # Megatron -> HF -> Megatron
+        assert stored_dtypes(first) == stored_dtypes(second) == {hf.DTYPES[name]}
         assert shapes.equal(load_file(out / hf.SINGLE), load_file(again / hf.SINGLE))  # HF -> Megatron -> HF
         for file in ("config.json", "generation_config.json", "tokenizer.json"):
             assert (out / file).read_bytes() == (again / file).read_bytes()
@@ -65,6 +69,11 @@ def stored(path: Path, name: str) -> dict[str, torch.Tensor]:
     gpt.to(hf.DTYPES[name])
     store.load_model(gpt, saved)
     return shapes.weights(gpt)
+
+
+def stored_dtypes(path: Path) -> set[torch.dtype]:
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata.values()
+    return {entry.properties.dtype for entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,24 @@ def test_a_wrong_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_that_autotokenizer_reads_otherwise_stops_the_export(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert.Tokenizer, "save", _save_without_digit_splitter)
+    with pytest.raises(CheckpointError, match=r"AutoTokenizer reads .* otherwise than the trainer"):
+        to_hf(checkpoint, tmp_path / "hf", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _save_without_digit_splitter(tokenizer: Any, folder: Path) -> None:
+    document = json.loads(tokenizer.files["tokenizer.json"])
+    del document["pre_tokenizer"]["pretokenizers"][0]
+    document["model"]["vocab"]["16"] = max(document["model"]["vocab"].values()) + 1
+    document["model"]["merges"].insert(0, ["1", "6"])
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "tokenizer_config.json").write_bytes(tokenizer.files["tokenizer_config.json"])
+
+
 def test_a_wrong_import_leaves_nothing(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +254,7 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) 
 def test_a_checkpoint_whose_weights_are_another_models(tmp_path: Path, tokenizer_folder: Path) -> None:
     state = shapes.state(shapes.small_model(ffn_size=44), tokenizer_folder)
     store.save_model(shapes.build(shapes.small_model()), tmp_path / "a", state)
-    with pytest.raises(CheckpointError, match="loading .* failed: .*linear_fc"):
+    with pytest.raises(CheckpointError, match=r"loading .* failed: .*linear_fc"):
         to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

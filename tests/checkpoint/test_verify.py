@@ -112,13 +112,13 @@ def test_a_wrong_config_is_refused(
 
 
 def test_a_wrong_rope_base_is_seen_in_an_untrained_model(tmp_path: Path, windows: list[torch.Tensor]) -> None:
-    model = small_model(init_std=0.02)
+    model = small_model(init_std=0.01)  # the logits move by 5e-5: only the relative limit sees it
     tensors = hf.megatron_tensors(dict((gpt := build(model)).named_parameters()))
     described = describe(model)
     hf.write_folder(
         tmp_path, hf.Description(model, 10000.0, LENGTH, described.special_ids), tensors, torch.float32
     )
-    with pytest.raises(CheckpointError, match="the logits"):
+    with pytest.raises(CheckpointError, match="the logits .* RMS difference"):
         compare(gpt, tmp_path, windows).require(SAME_WEIGHTS, "test")
 
 
