@@ -23,13 +23,23 @@ BENCHES = {
 def main() -> int:
     listed = "\n".join(f"  {name:<11} {what}" for name, what in BENCHES.items())
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, epilog=listed, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m bench",
+        description=__doc__,
+        epilog=listed,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="name", help="which to run (default: all, about 5 minutes)")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help="which to run (default: all, about 5 minutes)"
+    )
     names = parser.parse_args().names or list(BENCHES)
     if unknown := [name for name in names if name not in BENCHES]:
         parser.error(f"no bench '{unknown[0]}'; allowed: {', '.join(BENCHES)}")
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "SMOL_DEVICE": "cpu", "PYTHONWARNINGS": "ignore"}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "SMOL_DEVICE": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(CORES))}
     failed = []
     for name in names:

@@ -165,7 +165,15 @@ def machine() -> dict[str, Any]:
     """The machine and the versions that made a number; nothing that names a host or a place."""
     import psutil
 
-    packages = ("megatron-smol", "megatron-core", "torch", "transformers", "tokenizers", "splintr-rs", "numpy")
+    packages = (
+        "megatron-smol",
+        "megatron-core",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "splintr-rs",
+        "numpy",
+    )
     return {
         "cpu": _cpu_model(),
         "cores": CORES,
@@ -218,4 +226,8 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return (
+        [_rounded(item) for item in value]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else value
+    )

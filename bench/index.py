@@ -65,7 +65,11 @@ def measure() -> Outcome:
             "peer": peers,
             "peer_extrapolated_to_the_whole_recipe": whole,
         },
-        settings={"recipe": RECIPE.name, "stage_of_the_peer": STAGE, "mean_document_tokens": MEAN_DOCUMENT_TOKENS},
+        settings={
+            "recipe": RECIPE.name,
+            "stage_of_the_peer": STAGE,
+            "mean_document_tokens": MEAN_DOCUMENT_TOKENS,
+        },
         notes=[
             f"random access, {BATCH} rows at once: ours "
             f"{Spread(tuple(one['ns_per_row_in_batch'] for one in ours)).median:.0f} ns a row computed, peer "

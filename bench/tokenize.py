@@ -44,7 +44,10 @@ def measure() -> Outcome:
         peer = timed(lambda: _one_at_a_time(inputs, tokenizer, work / "peer"))
         turns = Turns((first, ours()), (peer, peer), "cpu")
         preprocess(inputs, work / "ordered", tokenizer, layout="prefix", workers=1, seed=None)
-        equal = all((work / f"ordered{end}").read_bytes() == (work / f"peer{end}").read_bytes() for end in (".bin", ".idx"))
+        equal = all(
+            (work / f"ordered{end}").read_bytes() == (work / f"peer{end}").read_bytes()
+            for end in (".bin", ".idx")
+        )
     if not equal:
         raise AssertionError("ours and the peer wrote different ids: the comparison means nothing")
     tokens, size = made[0].tokens, sum(record.bytes for record in made[0].inputs)
@@ -55,9 +58,17 @@ def measure() -> Outcome:
         peer_is="json.loads, tokenizer(text), IndexedDatasetBuilder",
         ours=f"{our_rate.median:,.0f} tokens/s ({size / tokens * our_rate.median / 1e6:.1f} MB/s)",
         peer=f"{peer_rate.median:,.0f} tokens/s ({size / tokens * peer_rate.median / 1e6:.1f} MB/s)",
-        details={"tokens": tokens, "documents": made[0].documents, "bytes": size, "files_equal": equal, **turns.to_json()},
+        details={
+            "tokens": tokens,
+            "documents": made[0].documents,
+            "bytes": size,
+            "files_equal": equal,
+            **turns.to_json(),
+        },
         settings={"text": text, "tokenizer": made[0].tokenizer.sha256[:12], "workers": 1},
-        notes=["without the shuffle ours writes the same bytes as the peer, .bin and .idx (special-token text kept as text)"],
+        notes=[
+            "without the shuffle ours writes the same bytes as the peer, .bin and .idx (special-token text kept as text)"
+        ],
     )
 
 

@@ -6,6 +6,8 @@ becomes one sentence and its exit code.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,13 +25,17 @@ app = typer.Typer(
     help="The SmolLM2 recipe as one YAML, run by megatron-core: [bold]plan[/] → [bold]preprocess[/] → [bold]train[/] → "
     "[bold]convert[/] → [bold]report[/].",
 )
-convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to and from Hugging Face folders, logits compared.")
+convert_app = typer.Typer(
+    no_args_is_help=True, help="Checkpoints to and from Hugging Face folders, logits compared."
+)
 app.add_typer(convert_app, name="convert")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, such as examples/demo.yaml.", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings to change, as dotted.name=value: lr.peak=1e-3 stages.decay.until=12T", metavar="a.b=c"),
+    typer.Argument(
+        help="Settings to change, as dotted.name=value: lr.peak=1e-3 stages.decay.until=12T", metavar="a.b=c"
+    ),
 ]
 
 
@@ -58,18 +64,30 @@ def plan(
 
 @app.command()
 def preprocess(
-    inputs: Annotated[list[str], typer.Argument(help="JSONL (.gz, .zst), parquet or text files, or globs.", metavar="INPUT...")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="JSONL (.gz, .zst), parquet or text files, or globs.", metavar="INPUT..."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the source: token shards and manifest.json.")],
     tokenizer: Annotated[str, typer.Option(help="Hub name, or a local folder with tokenizer.json.")],
     json_key: Annotated[str, typer.Option(help="Key (or column) that holds the text.")] = "text",
     source: Annotated[str | None, typer.Option(help="Name of the source; default: the folder's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core. The output is the same.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: one a core. The output is the same.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
-    append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text id.")] = True,
+    append_eod: Annotated[
+        bool, typer.Option(help="End each document with the tokenizer's end-of-text id.")
+    ] = True,
     backend: Annotated[
-        Literal["auto", "hf"], typer.Option(help="Tokenizer library: auto (the fast one where its ids are equal), or hf (the reference).")
+        Literal["auto", "hf"],
+        typer.Option(
+            help="Tokenizer library: auto (the fast one where its ids are equal), or hf (the reference)."
+        ),
     ] = "auto",
-    skip_bad: Annotated[bool, typer.Option(help="Count and skip bad rows; without it the first one is an error.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Count and skip bad rows; without it the first one is an error.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what was made with other settings.")] = False,
 ) -> None:
     """Tokenize text into a source that recipes (and megatron-core) read. Run it again to continue after a kill."""
@@ -94,8 +112,9 @@ def preprocess(
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train all stages of a recipe; the same command continues a run that was stopped.
 
-    Several ranks: torchrun --nproc-per-node 2 -m megatron_smol train RECIPE. Exit codes: 0 done, 75 stopped by a
-    signal after saving (run again), 2 recipe, 3 data, 4 checkpoint, 5 the loss is not a number.
+    Several ranks: torchrun --nproc-per-node 2 -m megatron_smol train RECIPE. Exit codes of a rank: 0 done, 75 stopped by
+    a signal after saving (run again), 2 recipe, 3 data, 4 checkpoint, 5 the loss is not a number; torchrun itself makes
+    1 of all of them, srun keeps them.
     """
     from megatron_smol.recipe.load import load_recipe
     from megatron_smol.train.signals import StopFlag
@@ -114,8 +133,12 @@ def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(help="The step whose batch to show; the first is 1.")] = 1,
-    stage: Annotated[str | None, typer.Option(help="Its stage, where branches make the step ambiguous.")] = None,
-    index_only: Annotated[bool, typer.Option(help="Sources, epochs and windows only; needs no data on disk.")] = False,
+    stage: Annotated[
+        str | None, typer.Option(help="Its stage, where branches make the step ambiguous.")
+    ] = None,
+    index_only: Annotated[
+        bool, typer.Option(help="Sources, epochs and windows only; needs no data on disk.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Show what any step read or will read: every row of its batch, decoded, with its source."""
@@ -131,10 +154,10 @@ def convert_to_hf(
     out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.", metavar="OUT")],
     tokenizer: Annotated[str | None, typer.Option(help="Hub name or folder; default: the run's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as trained.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page that comes along.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page of ours.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
 ) -> None:
-    """Export a checkpoint for transformers; written only if its logits, loss and greedy text are the trainer's."""
+    """Export a checkpoint for transformers; written only if logits, loss and greedy text are the trainer's."""
     prepare_libraries()
     from megatron_smol.checkpoint.convert import to_hf
 
@@ -146,10 +169,10 @@ def convert_from_hf(
     model: Annotated[str, typer.Argument(help="A Llama-format folder, or a hub name.", metavar="HF")],
     out: Annotated[Path, typer.Argument(help="The checkpoint folder to write.", metavar="OUT")],
     tokenizer: Annotated[str | None, typer.Option(help="Hub name or folder; default: the model's.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page that comes along.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; default: a page of ours.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a model.")] = False,
 ) -> None:
-    """Import a Hugging Face model as a weights-only checkpoint; written only if the trainer computes the same."""
+    """Import a Hugging Face model as a weights-only checkpoint; written only if both compute the same."""
     prepare_libraries()
     from megatron_smol.checkpoint.convert import from_hf
 
@@ -183,7 +206,9 @@ def generate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", metavar="RUN")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", metavar="RUN")],
+) -> None:
     """Write RUN/report.html: losses, mixtures, ledger, validation, samples, in one self-contained file."""
     from megatron_smol.report.render import write_report
 
@@ -204,5 +229,21 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_mine_to_tell(error):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"error: {error.strerror}: {error.filename or 'a file'}; mend that, then run again",
+            file=sys.stderr,
+        )
+        sys.exit(3)
+
+
+def _is_mine_to_tell(error: UserError) -> bool:
+    """What all ranks found alike is told by the first of them: an error they shared, or one before they met."""
+    torch = sys.modules.get("torch")
+    met = torch is not None and torch.distributed.is_initialized()
+    return os.environ.get("RANK", "0") == "0" or (met and not error.alike)

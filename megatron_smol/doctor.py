@@ -55,9 +55,15 @@ def _devices() -> list[Finding]:
         return [*rows, ("GPU", "none: training runs on the CPU", True)]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}", True))
+        rows.append(
+            (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}", True)
+        )
     te = have_transformer_engine()
-    advice = f"{_version('transformer-engine')}: FP8, fused layers" if te else "missing: bf16 by PyTorch layers, no FP8"
+    advice = (
+        f"{_version('transformer-engine')}: FP8, fused layers"
+        if te
+        else "missing: bf16 by PyTorch layers, no FP8"
+    )
     return [*rows, ("Transformer Engine", advice, True)]
 
 

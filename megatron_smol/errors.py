@@ -14,6 +14,7 @@ class UserError(ValueError):
     """A recipe or a command line that cannot be carried out. The message says what, where, and what to do."""
 
     exit_code = 2
+    alike = False  # raised on all ranks alike: one of them is enough to tell it
 
 
 class DataError(UserError):

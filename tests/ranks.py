@@ -35,7 +35,9 @@ parallel: {{tp: {tp}, pp: {pp}, sequence_parallel: {str(sequence_parallel).lower
     )
 
 
-def engine(tp: int, pp: int, sequence_parallel: bool = False, precision: str = "fp32", tied: bool = True) -> Engine:
+def engine(
+    tp: int, pp: int, sequence_parallel: bool = False, precision: str = "fp32", tied: bool = True
+) -> Engine:
     torch.set_num_threads(1)
     return Engine(recipe(tp, pp, sequence_parallel, tied), LENGTH, 10000.0, precision)
 
@@ -56,7 +58,9 @@ def train(running: Engine, first: int, last: int) -> list[tuple[float, float]]:
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def curve(tp: int, pp: int, sequence_parallel: bool, steps: int, precision: str = "fp32", tied: bool = True) -> Any:
+def curve(
+    tp: int, pp: int, sequence_parallel: bool, steps: int, precision: str = "fp32", tied: bool = True
+) -> Any:
     """(loss, gradient norm) of each step, the RoPE base changed half-way as a stage would."""
     running = engine(tp, pp, sequence_parallel, precision, tied)
     first = train(running, 0, steps // 2)

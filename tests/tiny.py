@@ -62,14 +62,25 @@ def smol(*arguments: object, ranks: int = 0, **environment: str) -> list[str]:
     """The command line of `smol`, under torchrun when ranks are asked for."""
     command = ["-m", "megatron_smol", *map(str, arguments)]
     if ranks:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-port",
+            str(free_port()),
+        ]
         return [sys.executable, *launcher, *command]
     return [sys.executable, *command]
 
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a test's processes: this checkout, the CPU, one thread, no rank variables of ours."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
     root = str(Path(__file__).parent.parent)
     return kept | {"PYTHONPATH": root, "SMOL_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
 
@@ -104,7 +115,9 @@ class TinyRun:
 def rows(path: Path, *ignored: str) -> list[dict[str, Any]]:
     """A JSON-lines file without fields that time decides."""
     drop = {"seconds", "tokens_per_s", *ignored}
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in drop} for line in path.read_text().splitlines()
+    ]
 
 
 def wait_for(path: Path, lines: int, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -21,10 +21,14 @@ MEASURED = ("loss", "grad_norm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before", type=Path, help="run folder")
     parser.add_argument("after", type=Path, help="run folder")
-    parser.add_argument("--rel", type=float, default=0.0, help="relative difference allowed in loss and gradient norm")
+    parser.add_argument(
+        "--rel", type=float, default=0.0, help="relative difference allowed in loss and gradient norm"
+    )
     given = parser.parse_args(arguments)
     steps, worst = 0, 0.0
     for a, b in zip_longest(read(given.before), read(given.after)):

@@ -19,7 +19,9 @@ def main(run: Path) -> int:
     loss = sum(final) / len(final)
     samples = json.loads((run / "samples.json").read_text())
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    print(f"\nloss        {rows[0]['loss']:.2f} at the first step, {loss:.2f} over the last {len(final)} of {rows[-1]['stage']}")
+    print(
+        f"\nloss        {rows[0]['loss']:.2f} at the first step, {loss:.2f} over the last {len(final)} of {rows[-1]['stage']}"
+    )
     print(f"speed       {median(row['tokens_per_s'] for row in rows):,.0f} tokens/s (median)")
     print(f"stages      {len(stages)} in one job: {', '.join(stages)}")
     for sample in samples[:2]:

@@ -34,4 +34,5 @@ def together(doing: str, *, only_rank: int | None = None) -> Iterator[bool]:
     torch.distributed.all_gather_object(failures, failure)
     for found in failures:
         if found is not None:
+            found.alike = True
             raise found

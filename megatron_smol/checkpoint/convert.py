@@ -84,7 +84,7 @@ def to_hf(
             hf.write_folder(aside, described, _tensors(gpt), hf.DTYPES[dtype])
             words.save(aside)
         windows = _windows(words, text, described)
-        require_same_tokenizer(aside, TEXT, words.encode_batch([TEXT])[0])
+        require_same_tokenizer(aside, TEXT, words.encode_batch([TEXT])[0].tolist())
         say(f"comparing with the trainer's model in fp32, window length {windows[0].size(1)}")
         agreement = _gate_export(gpt, aside, windows, dtype, trained, f"exporting {source}", say)
     say(f"wrote {out} ({dtype}): {agreement.describe()}")
@@ -274,11 +274,12 @@ def published(out: Path, overwrite: bool) -> Iterator[Path]:
             aside.mkdir()
         yield aside
         with _writing(out):
-            _make_durable(aside)
+            for path in (*aside.iterdir(), aside):
+                _fsync(path)
             if out.exists():
                 shutil.rmtree(out)
             aside.rename(out)
-            on_disk._fsync_folder(out.parent)
+            _fsync(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -298,8 +299,9 @@ def _writing(out: Path) -> Iterator[None]:
         raise CheckpointError(f"{out} could not be written ({error}); nothing was left there") from error
 
 
-def _make_durable(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    on_disk._fsync_folder(folder)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

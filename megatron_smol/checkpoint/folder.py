@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_smol.errors import CheckpointError
 
-STATE, COMPLETE, WRITING = "state.json", "complete.json", ".writing-"
+STATE, COMPLETE, WRITING, DAMAGED = "state.json", "complete.json", ".writing-", ".damaged-"
 FORMAT = 1
 
 
@@ -66,16 +66,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         state = json.loads((path / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read ({error}); use another checkpoint") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads format {FORMAT}")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}, this version reads format {FORMAT}")
     return Checkpoint(path, state)
 
 
 def verify_files(path: Path) -> None:
     """Compare every file with complete.json; raises CheckpointError naming the first that differs."""
-    files = json.loads((path / COMPLETE).read_text())["files"]
+    try:
+        files = dict(json.loads((path / COMPLETE).read_text())["files"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / COMPLETE} cannot be read ({error})") from error
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
@@ -84,40 +88,61 @@ def verify_files(path: Path) -> None:
         if found != expected["bytes"]:
             raise CheckpointError(f"{file} has {found} bytes, {expected['bytes']} were written")
         if sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} does not have the SHA-256 it was written with: its content changed")
+            raise CheckpointError(
+                f"{file} does not have the SHA-256 it was written with: its content changed"
+            )
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Published checkpoints, oldest progress first; unpublished and foreign folders are skipped."""
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.name.startswith(".") and (path / COMPLETE).is_file():
-            try:
-                found.append(read_checkpoint(path))
-            except CheckpointError:
-                continue
+    for path in _published(folder):
+        try:
+            found.append(read_checkpoint(path))
+        except CheckpointError:
+            continue
     return sorted(found, key=lambda checkpoint: checkpoint.progress)
 
 
-def newest_valid(folder: Path, warn: Any = print) -> Checkpoint | None:
-    """The furthest checkpoint whose files are as they were written; damaged ones are named and passed over.
+def _published(folder: Path) -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in paths if not p.name.startswith(".") and (p / COMPLETE).is_file()]
 
-    None when nothing was ever published. CheckpointError when there are checkpoints and all are damaged:
-    starting from zero in silence would throw a run away.
+
+def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
+    """The furthest checkpoint whose files are as they were written, to go on from.
+
+    Damaged ones beyond it are named and moved aside as `.damaged-NAME`, so that they neither hide nor push out
+    the good ones that follow. None when nothing was ever published. CheckpointError when there are checkpoints
+    and none can be used: starting from zero in silence would throw a run away.
     """
-    candidates = list_checkpoints(folder)
-    for checkpoint in reversed(candidates):
+    published = _published(folder)
+    damaged: list[tuple[Path, CheckpointError]] = []
+    readable: list[Checkpoint] = []
+    for path in published:
+        try:
+            readable.append(read_checkpoint(path))
+        except CheckpointError as error:
+            damaged.append((path, error))
+    chosen = None
+    for checkpoint in sorted(readable, key=lambda c: c.progress, reverse=True):
         try:
             verify_files(checkpoint.path)
         except CheckpointError as error:
-            warn(f"damaged checkpoint passed over: {error}")
+            damaged.append((checkpoint.path, error))
             continue
-        return checkpoint
-    if candidates:
+        chosen = checkpoint
+        break
+    if published and chosen is None:
         raise CheckpointError(
-            f"all {len(candidates)} checkpoints in {folder} are damaged; remove the folder to start over"
+            f"none of the {len(published)} checkpoints in {folder} can be used, the first because {damaged[0][1]}; "
+            "restore one, or remove the folder to start over"
         )
-    return None
+    for path, why in damaged:
+        warn(f"damaged checkpoint passed over: {why}")
+        shutil.rmtree(path.with_name(f"{DAMAGED}{path.name}"), ignore_errors=True)
+        path.rename(path.with_name(f"{DAMAGED}{path.name}"))
+    return chosen
 
 
 def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -127,17 +152,22 @@ def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Mark the folder complete and rename it into place, each step durable before the next."""
+    for name in files:
+        _fsync(writing / name)
     write_json(writing / COMPLETE, {"format": FORMAT, "files": files})
+    _fsync(writing)
     if final.exists():  # the same step saved again (after a roll-back, say): the new one replaces the old
         discard(final)
-    os.rename(writing, final)
-    _fsync_folder(final.parent)
+    writing.rename(final)
+    _fsync(final.parent)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill in the middle never leaves a folder that looks whole."""
-    (path / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a checkpoint; a kill in the middle leaves what `remove_unfinished` clears, never what looks whole."""
+    away = path.with_name(f"{WRITING}discarded-{path.name}")
+    shutil.rmtree(away, ignore_errors=True)
+    path.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def prune(folder: Path, keep_last: int, keep: set[str]) -> list[Path]:
@@ -167,7 +197,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync_folder(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

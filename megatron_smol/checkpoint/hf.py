@@ -77,7 +77,8 @@ def split_weight(weight: Weight, tensor: Tensor, model: Model) -> dict[str, Tens
 def join_weight(weight: Weight, parts: tuple[Tensor, ...], model: Model) -> Tensor:
     """The inverse of `split_weight`; raises RuntimeError when the shapes are not the model's."""
     if weight.layout == "qkv":
-        return _join_qkv(*parts, model)
+        q, k, v = parts
+        return _join_qkv(q, k, v, model)
     return torch.cat(parts) if weight.layout == "gate_up" else parts[0]
 
 
@@ -142,7 +143,8 @@ def write_folder(
     }
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
-        wanted, shard = set(names), {}
+        wanted = set(names)
+        shard: dict[str, Tensor] = {}
         for weight in weights:
             if wanted.intersection(weight.hf):
                 parts = split_weight(weight, tensors[weight.megatron], described.model)
@@ -227,7 +229,8 @@ class HfFolder:
 
     def tensor(self, name: str) -> Tensor:
         with self._reading(self.files[name]) as file:
-            return file.get_tensor(name)
+            found: Tensor = file.get_tensor(name)
+        return found
 
     def _reading(self, file: Path) -> Any:
         try:

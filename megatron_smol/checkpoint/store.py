@@ -80,7 +80,9 @@ def save_model(gpt: GPTModel, final: Path, state: dict[str, Any]) -> None:
     _save(lambda: {"model": _sharded_model(gpt)}, final, state, weights_bytes)
 
 
-def _save(describe: Callable[[], dict[str, Any]], final: Path, state: dict[str, Any], size_bytes: int) -> None:
+def _save(
+    describe: Callable[[], dict[str, Any]], final: Path, state: dict[str, Any], size_bytes: int
+) -> None:
     writing = final.parent / f"{on_disk.WRITING}{final.name}"
     with together(f"preparing to save {final}", only_rank=0) as mine:
         if mine:
@@ -111,15 +113,23 @@ def _save_tensors(describe: Callable[[], dict[str, Any]], writing: Path) -> None
     with together("writing tensors"):
         if error is not None:
             where = f"writing tensors to {writing.parent} failed"
-            raise CheckpointError(f"{where}: {_reason(error)}; earlier checkpoints are intact") from error
+            raise CheckpointError(
+                f"{where}: {_disk_or(_reason(error))}; earlier checkpoints are intact"
+            ) from error
 
 
 def _reason(error: BaseException) -> str:
     """One line for a person: torch wraps the cause of a failed rank in a BaseException with a traceback as text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[-1] if lines else type(error).__name__
-    if "inline_container" in reason:  # torch's zip writer hides the errno of a write that fell short
-        return f"a file could not be written to its end, the disk is full or limits the size of files ({reason})"
+    return lines[-1] if lines else type(error).__name__
+
+
+def _disk_or(reason: str) -> str:
+    """torch's zip writer hides the errno of a write that fell short."""
+    if "inline_container" in reason:
+        return (
+            f"a file could not be written to its end, the disk is full or limits the size of files ({reason})"
+        )
     return reason
 
 
@@ -135,7 +145,7 @@ def _require_space(folder: Path, needed: int) -> None:
 def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
     """Fill the engine from a checkpoint written at any layout; nothing is changed if it does not fit."""
     loaded = _load(lambda: _sharded_state(engine, True, optimizer), checkpoint.path)
-    engine.gpt.load_state_dict(loaded["model"])
+    _fill(engine.gpt, loaded["model"])
     if optimizer:
         load_optimizer_state(engine.optimizer, loaded["optimizer"])
     else:
@@ -144,16 +154,30 @@ def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> N
 
 def load_model(gpt: GPTModel, checkpoint: Checkpoint) -> None:
     """Fill a model that has no optimizer, such as one to be exported."""
-    gpt.load_state_dict(_load(lambda: {"model": _sharded_model(gpt)}, checkpoint.path)["model"])
+    _fill(gpt, _load(lambda: {"model": _sharded_model(gpt)}, checkpoint.path)["model"])
+
+
+def _fill(gpt: GPTModel, weights: dict[str, Any]) -> None:
+    """Every weight must be there; Transformer Engine's extra states (FP8 scaling history) are not saved."""
+    missing, unexpected = gpt.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if not name.endswith("_extra_state")] + unexpected
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint and the model differ in {len(wrong)} weights, the first is {wrong[0]}"
+        )
 
 
 def _load(describe: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
     with together(f"checking {path}"):
         check_metadata(path)
+    loaded: dict[str, Any] = {}
+    error: BaseException | None = None
+    try:
+        loaded = dist_checkpointing.load(describe(), str(path))
+    except (Exception, CheckpointException) as exception:
+        error = exception
     with together(f"loading {path}"):
-        try:
-            loaded: dict[str, Any] = dist_checkpointing.load(describe(), str(path))
-        except (Exception, CheckpointException) as error:
+        if error is not None:
             raise CheckpointError(f"loading {path} failed: {_reason(error)}") from error
     return loaded
 
@@ -163,7 +187,9 @@ def _sharded_state(engine: Engine, is_loading: bool, optimizer: bool = True) -> 
     model = _sharded_model(engine.gpt)
     state: dict[str, Any] = {"model": model}
     if optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_METADATA
+        )
     return state
 
 

@@ -149,9 +149,10 @@ def load_hf(folder: Path) -> Any:
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        model, info = loaded
     except Exception as error:  # transformers and safetensors raise a dozen kinds
         text = str(error).strip().splitlines()
         raise CheckpointError(
@@ -176,7 +177,8 @@ def _continue_both(gpt: GPTModel, theirs: Any, prompt: Tensor) -> tuple[list[int
     )
     stop = theirs.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
-    ids, ours = prompt, []
+    ids = prompt
+    ours: list[int] = []
     while len(ours) < NEW_TOKENS and (not ours or ours[-1] not in stops):
         ours.append(int(_last_logits(gpt, ids).argmax()))
         ids = torch.cat([ids, ids.new_tensor([ours[-1:]])], dim=1)
@@ -197,7 +199,8 @@ def _equal_until_a_tie(gpt: GPTModel, prompt: Tensor, ours: list[int], theirs: l
 
 
 def _last_logits(gpt: GPTModel, ids: Tensor) -> Tensor:
-    return gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1].float().cpu()  # [vocabulary]
+    logits: Tensor = gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1]  # [vocabulary]
+    return logits.float().cpu()
 
 
 def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:

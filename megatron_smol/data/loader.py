@@ -98,20 +98,24 @@ class StageLoader:
 
     def _micro_batch(self, rows: Rows, mine: range) -> MicroBatch:
         length = self.stage.seq_length
-        windows = [
-            self._sources[rows.source[i]].read(int(rows.window[i]) * length, length + 1) for i in mine
-        ]
+        windows = [self._sources[rows.source[i]].read(int(rows.window[i]) * length, length + 1) for i in mine]
         return MicroBatch.of(np.stack(windows), self.device, self._mask_eod)
 
 
 def held_out(
-    source: TokenSource, holdout_tokens: int, seq_length: int, windows: int, share: Share, device: torch.device
+    source: TokenSource,
+    holdout_tokens: int,
+    seq_length: int,
+    windows: int,
+    share: Share,
+    device: torch.device,
+    mask_eod: int | None = None,
 ) -> list[MicroBatch]:
     """This rank's share of the first `windows` windows in the held-out end of a source, one window a batch."""
     start = source.tokens - holdout_tokens
     count = min(windows, (holdout_tokens - 1) // seq_length)
     return [
-        MicroBatch.of(source.read(start + i * seq_length, seq_length + 1)[None], device)
+        MicroBatch.of(source.read(start + i * seq_length, seq_length + 1)[None], device, mask_eod)
         for i in range(share.rank, count, share.size)
     ]
 

@@ -7,6 +7,7 @@ starts.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,14 @@ class TokenSource:
     def eod_id(self) -> int | None:
         """The token after each document; None when no manifest says it."""
         return self.manifest.tokenizer.eod_id if self.manifest and self.manifest.append_eod else None
+
+    @property
+    def identity(self) -> dict[str, int | str | None]:
+        """What a checkpoint remembers of the data: its size, and a hash over the shards' (None without a manifest)."""
+        if self.manifest is None:
+            return {"tokens": self.tokens, "sha256": None}
+        shards = "".join(record.bin_sha256 for record in self.manifest.shards)
+        return {"tokens": self.tokens, "sha256": hashlib.sha256(shards.encode()).hexdigest()}
 
     def read(self, start: int, count: int) -> TokenArray:
         """Tokens [start, start + count): a view of the file where they lie in one shard, else a copy."""

@@ -176,5 +176,7 @@ def named_global_parameters(gpt: GPTModel) -> Iterator[tuple[str, Tensor, Split 
             parts[2] = str(gpt.decoder.layers[int(parts[2])].layer_number - 1)
         global_name = ".".join(parts)
         if global_name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
-            global_name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the tied table
+            global_name = (
+                "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the tied table
+            )
         yield global_name, parameter, _SPLITS.get(".".join(parts[-2:]))

@@ -66,9 +66,7 @@ PRECISIONS = {
             "fp8_amax_compute_algo": "max",
         },
     ),
-    "fp8-blockwise": Precision(
-        "fp8-blockwise", torch.bfloat16, {"fp8": "e4m3", "fp8_recipe": "blockwise"}
-    ),
+    "fp8-blockwise": Precision("fp8-blockwise", torch.bfloat16, {"fp8": "e4m3", "fp8_recipe": "blockwise"}),
 }
 
 

@@ -162,8 +162,7 @@ def _print_costs(console: Console, plan: Plan, tokens_per_second_per_gpu: float 
     dp = f"dp {estimate.data_parallel(parallel)}" if parallel.gpus else "dp as launched"
     grid.add_row(
         "layout",
-        f"tp {parallel.tp}, pp {parallel.pp}, {dp}, no recomputation, "
-        "optimizer state sharded over dp",
+        f"tp {parallel.tp}, pp {parallel.pp}, {dp}, no recomputation, optimizer state sharded over dp",
     )
     grid.add_row(
         "checkpoints",

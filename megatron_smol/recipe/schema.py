@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -41,11 +42,18 @@ def _plain(amount: object) -> str | int:
     return int(text) if (text := str(amount)).isdecimal() else text
 
 
-Float = Annotated[float, BeforeValidator(_number)]
+def _at_least_one(tokens: int) -> int:
+    if tokens < 1:
+        raise ValueError("0 tokens are none; give at least 1, or leave the field out")
+    return tokens
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 TokensOrSteps = Annotated[Amount, PlainValidator(parse_amount), PlainSerializer(_plain)]
 Tokens = Annotated[
     int, PlainValidator(parse_tokens), PlainSerializer(lambda tokens: _plain(exact_tokens(tokens)))
 ]
+SomeTokens = Annotated[Tokens, AfterValidator(_at_least_one)]
 Steps = Annotated[int, PlainValidator(parse_steps), PlainSerializer(lambda steps: f"{steps} steps")]
 Mixture = Annotated[dict[str, Fraction], PlainValidator(resolve_mixture), PlainSerializer(mixture_text)]
 # Names become folder names, metric names and parts of dotted overrides.
@@ -97,8 +105,8 @@ class Model(Section):
 class Data(Section):
     """What fixes the order of the data, together with `sources` and the mixtures."""
 
-    seed: int = field("seed of the data order", 8, ge=0)
-    page_length: Tokens | None = field(
+    seed: int = field("seed of the data order", 8, ge=0, lt=2**63)
+    page_length: SomeTokens | None = field(
         "unit of shuffling; a multiple of every seq_length; default: the largest seq_length of the recipe",
         None,
         "tokens",
@@ -117,7 +125,7 @@ class Source(Section):
     path: str = field(
         "folder with manifest.json (written by `smol preprocess`) or a Megatron .bin/.idx prefix"
     )
-    tokens: Tokens | None = field("size used for planning while the data is not on disk", None, "tokens")
+    tokens: SomeTokens | None = field("size used for planning while the data is not on disk", None, "tokens")
     max_epochs: Float | None = field(
         "cap on passes over this source along any lineage; absent: a warning above 4", None, "epochs", gt=0
     )
@@ -131,9 +139,7 @@ class Training(Section):
     global_batch: int = field("windows per optimizer step, over all ranks", unit="windows", gt=0)
     micro_batch: int = field("windows per forward pass on one rank", unit="windows", gt=0)
     precision: Precision = field("arithmetic of the matrix products", "bf16")
-    document_mask: bool = field(
-        "hide earlier documents of the window from attention and restart positions", False
-    )
+    document_mask: bool = field("hide earlier documents of the window from attention", False)
 
 
 class BranchPoint(Section):
@@ -215,7 +221,7 @@ class Parallel(Section):
 class Save(Section):
     """Checkpoints. Stage ends and branch points are always saved and kept, whatever is set here."""
 
-    every: Steps = field("interval of checkpoints", 2000, "steps", gt=0)
+    every: Steps = field("interval of checkpoints", 2000, "steps")
     keep_last: int = field("interval checkpoints to keep", 2, ge=1)
 
 
@@ -275,7 +281,7 @@ class Recipe(Section):
     """A whole training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = field("name of the run")
-    seed: int = field("seed of the weight initialisation", 42, ge=0)
+    seed: int = field("seed of the weight initialisation", 42, ge=0, lt=2**63)
     run_dir: str = field("folder for checkpoints, metrics and the report")
     tokenizer: str = field("hub name or local folder with tokenizer.json")
     model: Model = field("the network")

@@ -62,12 +62,14 @@ def parse_tokens(text: object) -> int:
 
 
 def parse_steps(text: object) -> int:
-    """Read "2000 steps" or a bare 2000 as a number of steps, for places where only steps make sense."""
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
+    """Read "2000 steps" or a bare 2000 as a number of steps, at least 1, for places where only steps make sense."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        text = f"{text} steps"
     amount = parse_amount(text)
     if amount.unit != "steps":
         raise ValueError(f"{text!r} is in tokens, and only steps are allowed here; write it as '2000 steps'")
+    if amount.value < 1:
+        raise ValueError(f"{text!r} is no interval; the smallest is 1 step")
     return amount.value
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,7 @@ class JsonLines:
         """
         self._file = None
         if torch.distributed.get_rank() == 0:
-            kept = [row for row in read_rows(path) if (row["stage_index"], row["step"]) <= progress]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept if progress > (0, 0)))
+            cut_back(path, progress)
             self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -50,15 +51,32 @@ class JsonLines:
             self._file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSON-lines file; a last line cut by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def cut_back(path: Path, progress: tuple[int, int], tail_bytes: int = 1 << 20) -> None:
+    """Cut off the rows beyond `progress` at the end of a JSON-lines file, and a last line that a kill left torn.
+
+    Only as much of the end is read as it takes: after millions of steps the file has gigabytes.
+    """
+    if not path.is_file():
+        return
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        while True:
+            start = max(0, size - tail_bytes)
+            file.seek(start)
+            tail = file.read()
+            keep = start + (tail.find(b"\n") + 1 if start else 0)  # the first line of the tail may be torn
+            lines = tail[keep - start :].splitlines(keepends=True)
+            kept = list(takewhile(lambda line: line.endswith(b"\n") and _within(line, progress), lines))
+            if kept or start == 0:
+                file.truncate(keep + sum(map(len, kept)))
+                return
+            tail_bytes *= 4
+
+
+def _within(line: bytes, progress: tuple[int, int]) -> bool:
+    """Whether a row lies at or before `progress`; at (0, 0) nothing was kept, so nothing is."""
+    row = json.loads(line)
+    return progress > (0, 0) and (row["stage_index"], row["step"]) <= progress
 
 
 class Metrics(Hook):
@@ -69,7 +87,9 @@ class Metrics(Hook):
         self._rows = JsonLines(folder / "metrics.jsonl", trainer.state.progress)
         self._board = None
         if torch.distributed.get_rank() == 0:
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=trainer.state.step)
+            self._step = _steps_done(trainer)  # counts on through branches, which repeat lineage steps
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=self._step + 1)
+        self._write_ledger(trainer)
 
     def on_step(self, trainer: Trainer, done: StepDone) -> None:
         row = {
@@ -88,10 +108,16 @@ class Metrics(Hook):
         }
         self._rows.write(row)
         if self._board:
+            self._step += 1
             for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                self._board.add_scalar(f"{done.stage.name}/{key}", row[key], done.step)
+                self._board.add_scalar(f"{done.stage.name}/{key}", row[key], self._step)
 
     def on_saved(self, trainer: Trainer, path: str) -> None:
+        self._write_ledger(trainer)
+        if self._board:
+            self._board.flush()
+
+    def _write_ledger(self, trainer: Trainer) -> None:
         if torch.distributed.get_rank() == 0:
             ledger = json.dumps(trainer.state.ledger.to_json(), indent=1)
             write_text(trainer.plan.recipe.run_path / "ledger.json", ledger + "\n")
@@ -133,7 +159,7 @@ class StepLog(Hook):
             return
         self._done += 1
         per_step = (time.monotonic() - self._started) / (self._done - self._first)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._total - self._done)))
+        left = timedelta(seconds=round(per_step * (self._total - self._done)))
         read = trainer.state.ledger.tokens()
         shares = " ".join(f"{name} {format_tokens(tokens)}" for name, tokens in read.items())
         mfu = _mfu(trainer, done)

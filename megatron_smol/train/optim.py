@@ -29,7 +29,9 @@ def ddp_config(overlap: bool) -> DistributedDataParallelConfig:
     )
 
 
-def build_optimizer(model: DistributedDataParallel, recipe: Optimizer, precision: Precision) -> MegatronOptimizer:
+def build_optimizer(
+    model: DistributedDataParallel, recipe: Optimizer, precision: Precision
+) -> MegatronOptimizer:
     """AdamW over `model`'s gradient buffers; the learning rate is set anew each step (`set_learning_rate`)."""
     config = OptimizerConfig(
         optimizer="adam",

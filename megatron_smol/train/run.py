@@ -5,8 +5,10 @@ The same command starts a run and continues it, on one process, under torchrun o
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
+from typing import IO
 
 import torch
 from megatron.core import parallel_state
@@ -40,14 +42,21 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     for name in {recipe.training_of(stage).precision for stage in recipe.stages}:
         precision(name).require(backend())
     init_parallel(recipe.parallel.tp, recipe.parallel.pp)
-    sources = open_sources(recipe)
+    with together("opening the sources"):
+        sources = open_sources(recipe)
     plan = make_plan(recipe, {name: source.tokens for name, source in sources.items()})
     plan.require_no_errors()
     for stage in plan.stages:
         check_divisible(stage, parallel_state.get_data_parallel_world_size())
+        if stage.document_mask and backend().transformer_engine:
+            raise UserError(
+                f"stage '{stage.name}' sets document_mask, which Transformer Engine's attention would ignore as it is "
+                "called here; set document_mask: false"
+            )
+    lock: IO[str] | None = None
     with together("opening the run folder", only_rank=0) as mine:
         if mine:
-            _prepare_folder(plan)
+            lock = _prepare_folder(plan)
     first = plan.stages[0]
     engine = Engine(recipe, first.seq_length, first.rope_base, first.precision)
     console = Console(soft_wrap=True, highlight=False)
@@ -56,6 +65,8 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     finished = trainer.fit()
     _farewell(trainer, finished)
     torch.distributed.destroy_process_group()
+    if lock:
+        lock.close()
     return 0 if finished else EXIT_RESTART_ME
 
 
@@ -73,9 +84,18 @@ def open_sources(recipe: Recipe) -> dict[str, TokenSource]:
     return sources
 
 
-def _prepare_folder(plan: Plan) -> None:
+def _prepare_folder(plan: Plan) -> IO[str]:
+    """Make the run folder this run's; returns its lock, held as long as the file is open."""
     recipe = plan.recipe
     try:
+        recipe.run_path.mkdir(parents=True, exist_ok=True)
+        lock = (recipe.run_path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another job is training in {recipe.run_path}; wait for it, or set another run_dir"
+            ) from None
         open_run_folder(recipe)
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
@@ -84,6 +104,7 @@ def _prepare_folder(plan: Plan) -> None:
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
+    return lock
 
 
 def _circumstances() -> dict[str, str]:
@@ -95,7 +116,7 @@ def _start_or_resume(trainer: Trainer) -> None:
     """Go on from the newest whole checkpoint, or start; every rank follows rank 0's choice."""
     chosen: list[str | None] = [None]
     with together("looking for a checkpoint", only_rank=0) as mine:
-        if mine and (found := folder.newest_valid(trainer.checkpoints, warn=trainer.say)):
+        if mine and (found := folder.choose_newest(trainer.checkpoints, warn=trainer.say)):
             chosen[0] = str(found.path)
     torch.distributed.broadcast_object_list(chosen, 0)
     world = torch.distributed.get_world_size()
@@ -119,4 +140,3 @@ def _farewell(trainer: Trainer, finished: bool) -> None:
             f"stopped by signal {trainer.stop.received or 'of another rank'} at step {trainer.state.step} of "
             f"'{trainer.stage.name}', saved; the same command continues (exit code {EXIT_RESTART_ME})"
         )
-

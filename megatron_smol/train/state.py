@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_smol.checkpoint.folder import Checkpoint
+from megatron_smol.checkpoint.folder import Checkpoint, list_checkpoints
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.load import dump_recipe, load_recipe
@@ -37,8 +37,8 @@ class TrainState:
     def progress(self) -> tuple[int, int]:
         return self.stage_index, self.step
 
-    def to_json(self, plan: Plan, layout: dict[str, int]) -> dict[str, Any]:
-        """What state.json of a checkpoint holds."""
+    def to_json(self, plan: Plan, layout: dict[str, int], data: dict[str, Any]) -> dict[str, Any]:
+        """What state.json of a checkpoint holds. data: `TokenSource.identity` of every source."""
         stage, recipe = plan.stages[self.stage_index], plan.recipe
         return {
             "run": recipe.name,
@@ -51,7 +51,7 @@ class TrainState:
             "precision": stage.precision,
             "model": recipe.model.model_dump(),
             "tokenizer": recipe.tokenizer,
-            "sizes": plan.sizes,
+            "data": data,
             "layout": layout,
             "ledger": self.ledger.to_json(),
             "hooks": self.hooks,
@@ -59,18 +59,25 @@ class TrainState:
         }
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, plan: Plan) -> TrainState:
+    def from_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, data: dict[str, Any]) -> TrainState:
         """Read a checkpoint of this run; CheckpointError when it is another model's or its data changed."""
         state = checkpoint.state
         require_model(checkpoint, plan.recipe)
-        changed = [n for n, tokens in plan.sizes.items() if state["sizes"].get(n) != tokens]
-        if changed:
-            name = changed[0]
-            raise CheckpointError(
-                f"source '{name}' has {plan.sizes[name]:,} tokens now and had {state['sizes'].get(name)} when "
-                f"{checkpoint.path} was written; restore it, or start a new run_dir"
-            )
-        return cls(checkpoint.progress[0], checkpoint.step, Ledger.from_json(state["ledger"]), state["hooks"])
+        for name, then in state["data"].items():
+            now = data.get(name)
+            if now != then:
+                raise CheckpointError(
+                    f"source '{name}' is not what it was when {checkpoint.path} was written: {_data(now)} now, "
+                    f"{_data(then)} then; restore it, or start a new run_dir"
+                )
+        index = plan.stage(checkpoint.stage).index
+        return cls(index, checkpoint.step, Ledger.from_json(state["ledger"]), state["hooks"])
+
+
+def _data(identity: dict[str, Any] | None) -> str:
+    if identity is None:
+        return "not in the recipe"
+    return f"{identity['tokens']:,} tokens, content {str(identity['sha256'])[:12]}"
 
 
 def require_model(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -85,14 +92,18 @@ def require_model(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def open_run_folder(recipe: Recipe) -> None:
-    """Record the resolved recipe in the run folder, or check that the run begun there is this one."""
+    """Record the resolved recipe in the run folder, or check that the run begun there is this one.
+
+    Stages may be appended to a run (an ablation that branches off it, say) as long as they leave the page
+    length, and so the order of the data, alone. A run without a checkpoint holds nothing to protect.
+    """
     path = recipe.run_path / "recipe.yaml"
-    if path.is_file():
+    if path.is_file() and list_checkpoints(recipe.run_path / "checkpoints"):
         before, now = _fixed_settings(load_recipe(path)), _fixed_settings(recipe)
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+        for key, value in before.items():
+            if now.get(key) != value:
                 raise UserError(
-                    f"{recipe.run_path} holds a run whose {key} is {before.get(key)}, this recipe says "
+                    f"{recipe.run_path} holds a run whose {key} is {value}, this recipe says "
                     f"{now.get(key)}; set it back to continue that run, or choose another run_dir"
                 )
     recipe.run_path.mkdir(parents=True, exist_ok=True)
@@ -105,9 +116,11 @@ def _fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
-            items = value.items()
+            items = list(value.items())
         elif isinstance(value, list | tuple):
-            items = ((str(v.get("name", i)) if isinstance(v, dict) else str(i), v) for i, v in enumerate(value))
+            items = [
+                (str(v.get("name", i)) if isinstance(v, dict) else str(i), v) for i, v in enumerate(value)
+            ]
         else:
             flat[prefix] = value
             return
@@ -117,6 +130,11 @@ def _fixed_settings(recipe: Recipe) -> dict[str, Any]:
                 walk(name, inner)
 
     walk("", recipe.model_dump(mode="json", by_alias=True))
+    flat["data.page_length"] = recipe.page_length
+    for position, stage in enumerate(recipe.stages):
+        flat[f"stages[{position}].name"] = stage.name
+    trunk = [stage.name for stage in recipe.stages if stage.from_ is None]
+    flat["last stage of the trunk"] = trunk[-1]  # the LR's decay ends with it
     return flat
 
 
@@ -124,7 +142,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file at once: readers see the old one or the new one."""
     aside = path.with_name(f".{path.name}.new")
     aside.write_text(text)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def versions() -> dict[str, str]:

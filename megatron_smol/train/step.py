@@ -91,6 +91,7 @@ class Engine:
 
     def rebuild(self, precision: str) -> None:
         """Change precision: a new model and optimizer, whose state the caller loads from a checkpoint."""
+        del self.model, self.optimizer  # before the new ones, or both would be in memory
         self.precision = precision
         self._build()
 
@@ -125,7 +126,9 @@ class Engine:
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    per_token = model(batch.tokens, None, batch.mask, labels=batch.labels)  # [b, s] on the last pipeline stage
+    per_token = model(
+        batch.tokens, None, batch.mask, labels=batch.labels
+    )  # [b, s] on the last pipeline stage
     return per_token, _mean_loss
 
 

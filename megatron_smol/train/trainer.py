@@ -15,10 +15,11 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from megatron_smol.checkpoint import folder, store
+from megatron_smol.checkpoint.agree import together
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.data.loader import GlobalBatch, Share, StageLoader
 from megatron_smol.data.source import TokenSource
-from megatron_smol.errors import RunError
+from megatron_smol.errors import CheckpointError, RunError
 from megatron_smol.model.backend import backend
 from megatron_smol.recipe.plan import Plan, StagePlan
 from megatron_smol.train.hooks import Hook, StepDone
@@ -45,6 +46,7 @@ class Trainer:
         self.share = Share(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
+        self.data = {name: source.identity for name, source in sources.items()}
         self.state = TrainState(0, 0, Ledger.of(plan))
 
     @property
@@ -69,7 +71,7 @@ class Trainer:
 
     def resume(self, checkpoint: folder.Checkpoint) -> None:
         """Take up the run where `checkpoint` left it, on this layout."""
-        self.state = TrainState.from_checkpoint(checkpoint, self.plan)
+        self.state = TrainState.from_checkpoint(checkpoint, self.plan, self.data)
         self._configure(self.stage)
         store.load(self.engine, checkpoint)
         for hook in self.hooks:
@@ -101,8 +103,9 @@ class Trainer:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise RunError(
                 f"step {self.state.step + 1} of stage '{stage.name}' gave loss {result.loss} and gradient norm "
-                f"{result.grad_norm}; the last checkpoint is intact, and `smol inspect --step "
-                f"{self.state.step + 1} --stage {stage.name}` shows what was read"
+                f"{result.grad_norm}; the last checkpoint is intact, and `smol inspect "
+                f"{self.plan.recipe.run_path / 'recipe.yaml'} --step {self.state.step + 1} --stage {stage.name}` shows "
+                "what was read"
             )
         self.state.step += 1
         self.state.ledger.add(stage.name, stage.seq_length, batch.rows)
@@ -118,13 +121,26 @@ class Trainer:
         """
         rebuilt = self._configure(stage)
         if stage.parent is not None and (rebuilt or self._here() != (stage.parent, stage.start_step)):
-            path = self.checkpoints / folder.checkpoint_name(stage.parent, stage.start_step)
-            checkpoint = folder.read_checkpoint(path)
-            self.state = TrainState.from_checkpoint(checkpoint, self.plan)
+            checkpoint = self._starting_point(stage.name, stage.parent, stage.start_step)
+            self.state = TrainState.from_checkpoint(checkpoint, self.plan, self.data)
             store.load(self.engine, checkpoint)
         self.state.stage_index = stage.index
         for hook in self.hooks:
             hook.on_stage_start(self, stage)
+
+    def _starting_point(self, stage_name: str, parent: str, step: int) -> folder.Checkpoint:
+        """The kept checkpoint that a stage starts from, verified."""
+        path = self.checkpoints / folder.checkpoint_name(parent, step)
+        with together(f"opening {path}", only_rank=0) as mine:
+            if mine:
+                try:
+                    folder.verify_files(folder.read_checkpoint(path).path)
+                except CheckpointError as error:
+                    raise CheckpointError(
+                        f"stage '{stage_name}' starts from {path}, which cannot be used: {error}; restore it, or remove "
+                        f"the checkpoints of '{parent}' from step {step} on and all later ones to train that part again"
+                    ) from error
+        return folder.read_checkpoint(path)
 
     def _here(self) -> tuple[str, int]:
         return self.stage.name, self.state.step
@@ -144,9 +160,10 @@ class Trainer:
         parallel = self.plan.recipe.parallel
         layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": self.share.size}
         parameters = self.plan.recipe.model.parameters()
-        store.save(self.engine, path, self.state.to_json(self.plan, layout), parameters)
-        if torch.distributed.get_rank() == 0:
-            folder.prune(self.checkpoints, self.plan.recipe.save.keep_last, self._kept_for_good())
+        store.save(self.engine, path, self.state.to_json(self.plan, layout, self.data), parameters)
+        with together("removing old checkpoints", only_rank=0) as mine:
+            if mine:
+                folder.prune(self.checkpoints, self.plan.recipe.save.keep_last, self._kept_for_good())
         for hook in self.hooks:
             hook.on_saved(self, str(path))
 

@@ -31,7 +31,9 @@ class SourceValidation(Hook):
 
     def on_stage_start(self, trainer: Trainer, stage: StagePlan) -> None:
         same = (stage.parent, stage.seq_length, stage.rope_base, stage.precision)
-        known = self._last.get("losses") if self._last.get("key") == list(same) and not stage.is_branch else None
+        known = (
+            self._last.get("losses") if self._last.get("key") == list(same) and not stage.is_branch else None
+        )
         self._record(trainer, stage, "start", known)
 
     def on_stage_end(self, trainer: Trainer, stage: StagePlan) -> None:
@@ -51,7 +53,12 @@ class SourceValidation(Hook):
         losses = known if known is not None else source_losses(trainer, stage)
         if losses and torch.distributed.get_rank() == 0:
             step = trainer.state.step
-            row = {"stage": stage.name, "stage_index": stage.index, "step": step, "tokens": stage.tokens_at(step)}
+            row = {
+                "stage": stage.name,
+                "stage_index": stage.index,
+                "step": step,
+                "tokens": stage.tokens_at(step),
+            }
             self._file.write(row | {"when": when, "losses": losses})
             report = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             trainer.say(f"{stage.name}: validation at the {when}: {report}")
@@ -66,10 +73,15 @@ def source_losses(trainer: Trainer, stage: StagePlan) -> dict[str, float]:
         windows = min(recipe.eval.windows_per_source, (recipe.data.holdout_tokens - 1) // stage.seq_length)
         if windows <= 0:
             continue
+        mask_eod = source.eod_id if stage.document_mask else None
         batches = held_out(
-            source, recipe.data.holdout_tokens, stage.seq_length, windows, trainer.share, backend().device
+            source,
+            recipe.data.holdout_tokens,
+            stage.seq_length,
+            windows,
+            trainer.share,
+            backend().device,
+            mask_eod,
         )
         losses[name] = trainer.engine.evaluate(batches)
     return losses
-
-

@@ -140,6 +140,18 @@ def test_an_import_is_a_checkpoint_that_training_can_load(exported: Path, tmp_pa
     assert saved.state["special_ids"] == shapes.SPECIAL_IDS | {"bos_token_id": 0, "eos_token_id": 0}
 
 
+def test_an_instruct_models_special_tokens_come_back(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "instruct")
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    for file in ("config.json", "generation_config.json"):
+        path = tmp_path / "instruct" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+    from_hf(str(tmp_path / "instruct"), tmp_path / "imported", say=quiet)
+    to_hf(tmp_path / "imported", tmp_path / "again", say=quiet)
+    for file in ("config.json", "generation_config.json"):
+        assert ids.items() <= json.loads((tmp_path / "again" / file).read_text()).items()
+
+
 def test_the_longest_stage_sets_the_positions(tmp_path: Path, tokenizer_folder: Path) -> None:
     state = shapes.state(shapes.small_model(), tokenizer_folder)
     state["ledger"]["stages"] = [{"seq_length": 512}, {"seq_length": 64}]

@@ -97,7 +97,7 @@ def make(parent: Path, stage: str, index: int, step: int) -> Path:
 def test_newest_is_by_progress_across_branches(tmp_path: Path) -> None:
     make(tmp_path, "decay", 3, 146)
     newest = make(tmp_path, "long", 5, 140)
-    found = folder.newest_valid(tmp_path)
+    found = folder.choose_newest(tmp_path)
     assert found is not None and found.path == newest
 
 
@@ -114,22 +114,22 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
     else:
         weights.unlink()
     said: list[str] = []
-    found = folder.newest_valid(tmp_path, said.append)
+    found = folder.choose_newest(tmp_path, said.append)
     assert found is not None and found.path == good
     assert len(said) == 1 and str(weights) in said[0]
 
 
 def test_never_from_zero_when_all_are_damaged(tmp_path: Path) -> None:
     (make(tmp_path, "one", 0, 2) / "weights").unlink()
-    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
-        folder.newest_valid(tmp_path, lambda _: None)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        folder.choose_newest(tmp_path, lambda _: None)
 
 
 def test_an_unfinished_save_is_never_chosen(tmp_path: Path) -> None:
-    assert folder.newest_valid(tmp_path) is None
+    assert folder.choose_newest(tmp_path) is None
     unfinished = make(tmp_path, "one", 0, 2)
     (unfinished / folder.COMPLETE).unlink()
-    assert folder.newest_valid(tmp_path) is None
+    assert folder.choose_newest(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"no complete\.json"):
         folder.read_checkpoint(unfinished)
 
@@ -145,3 +145,43 @@ def test_complete_json_is_readable(saved: tuple[Path, Any]) -> None:
     files = json.loads((saved[0] / folder.COMPLETE).read_text())["files"]
     assert {"state.json", ".metadata", "common.pt"} <= set(files)
     assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in files.values())
+
+
+def test_an_unreadable_state_is_passed_over_and_never_means_from_zero(tmp_path: Path) -> None:
+    good, bad = make(tmp_path, "one", 0, 2), make(tmp_path, "one", 0, 4)
+    (bad / folder.STATE).write_text("")
+    found = folder.choose_newest(tmp_path, lambda _: None)
+    assert found is not None and found.path == good
+    (good / folder.STATE).write_text("")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        folder.choose_newest(tmp_path, lambda _: None)
+
+
+def test_an_unreadable_complete_json_is_passed_over(tmp_path: Path) -> None:
+    good, bad = make(tmp_path, "one", 0, 2), make(tmp_path, "one", 0, 4)
+    (bad / folder.COMPLETE).write_text("{")
+    found = folder.choose_newest(tmp_path, lambda _: None)
+    assert found is not None and found.path == good
+
+
+def test_damaged_checkpoints_do_not_push_out_the_good_ones_that_follow(tmp_path: Path) -> None:
+    make(tmp_path, "one", 0, 2)
+    for step in (4, 6):
+        (make(tmp_path, "one", 0, step) / "weights").unlink()
+    assert folder.choose_newest(tmp_path, lambda _: None) is not None
+    newest = make(tmp_path, "one", 0, 3)
+    folder.prune(tmp_path, keep_last=2, keep=set())
+    found = folder.choose_newest(tmp_path, lambda _: None)
+    assert found is not None and found.path == newest
+
+
+def test_a_kill_while_removing_leaves_what_is_cleared_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, "one", 0, 2)
+    with monkeypatch.context() as killed:
+        killed.setattr(folder.shutil, "rmtree", lambda *_, **__: None)
+        folder.discard(path)
+    assert not folder.list_checkpoints(tmp_path) and list(tmp_path.iterdir())
+    folder.remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -46,6 +46,17 @@ def test_a_right_export_passes(gpt: GPTModel, exported: Path, windows: list[torc
     assert agreement.largest_difference < 1e-5
 
 
+def test_both_continuations_stop_at_the_end_of_text(
+    gpt: GPTModel, exported: Path, windows: list[torch.Tensor]
+) -> None:
+    prompt = windows[0][:, : verify.PROMPT_TOKENS]
+    end = int(gpt(prompt, None, None)[0, -1].argmax())
+    config = exported / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, end]}))
+    agreement = compare(gpt, exported, windows)
+    assert (agreement.greedy_equal, agreement.greedy_tokens) == (1, 1)
+
+
 def _swap(tensors: Tensors, a: str, b: str) -> None:
     tensors[a], tensors[b] = tensors[b], tensors[a]
 
@@ -118,7 +129,7 @@ def test_a_wrong_rope_base_is_seen_in_an_untrained_model(tmp_path: Path, windows
     hf.write_folder(
         tmp_path, hf.Description(model, 10000.0, LENGTH, described.special_ids), tensors, torch.float32
     )
-    with pytest.raises(CheckpointError, match="the logits .* RMS difference"):
+    with pytest.raises(CheckpointError, match=r"the logits .* RMS difference"):
         compare(gpt, tmp_path, windows).require(SAME_WEIGHTS, "test")
 
 

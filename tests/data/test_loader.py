@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -76,7 +74,9 @@ def test_held_out_tokens_are_never_trained_on(plan: Plan, sources: dict[str, Tok
     first = sources["web"].read(sources["web"].tokens - held, 32)
     assert len(batches) == 4 and np.array_equal(batches[0].tokens[0].numpy(), first)
     shares = [held_out(sources["web"], held, 32, 3, Share(rank, 2), CPU) for rank in range(2)]
-    assert [len(share) for share in shares] == [2, 1], "ranks may have unequal shares, and none of them overlaps"
+    assert [len(share) for share in shares] == [2, 1], (
+        "ranks may have unequal shares, and none of them overlaps"
+    )
 
 
 def test_a_document_mask_needs_an_end_of_document(tiny: TinyRun, sources: dict[str, TokenSource]) -> None:

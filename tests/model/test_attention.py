@@ -15,7 +15,9 @@ S, B, HEADS, KV, D = 24, 2, 4, 2, 8
 
 @pytest.fixture
 def attention() -> SdpaCoreAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * D, num_attention_heads=HEADS, attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * D, num_attention_heads=HEADS, attention_dropout=0.0
+    )
     return SdpaCoreAttention(config, 1, None, "self")
 
 

@@ -21,7 +21,14 @@ def one_process(tied: bool = True) -> Any:
 
 @pytest.mark.parametrize(
     ("world", "tp", "pp", "sequence_parallel"),
-    [(2, 2, 1, False), (2, 1, 2, False), (2, 1, 1, False), (2, 2, 1, True), (4, 2, 2, True), (4, 1, 2, False)],
+    [
+        (2, 2, 1, False),
+        (2, 1, 2, False),
+        (2, 1, 1, False),
+        (2, 2, 1, True),
+        (4, 2, 2, True),
+        (4, 1, 2, False),
+    ],
     ids=["TP2", "PP2", "DP2", "TP2-SP", "TP2-PP2-SP", "PP2-DP2"],
 )
 def test_losses_equal_one_process(world: int, tp: int, pp: int, sequence_parallel: bool) -> None:

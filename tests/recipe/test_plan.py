@@ -117,8 +117,8 @@ def test_demo_has_five_switches() -> None:
         "anneal-math",
         "long-context",
     ]
-    assert 150 <= sum(stage.steps for stage in plan.stages) <= 190
-    assert {stage.tokens_per_step for stage in plan.stages} == {2048}
+    assert sum(stage.tokens for stage in plan.stages) < 350_000, "more would not be a demo"
+    assert {stage.seq_length for stage in plan.stages} == {256, 1024}
     assert all(order.tokens == plan.sizes[name] - 32768 for name, order in plan.orders.items())
 
 

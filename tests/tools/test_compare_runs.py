@@ -13,7 +13,14 @@ TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 
 def write(run: Path, *losses: float, **changed: Any) -> Path:
     run.mkdir()
-    fixed = {"stage": "one", "lr": 1e-3, "seq_length": 8, "global_batch": 2, "drawn": {"a": 2}, "grad_norm": 1.0} | changed
+    fixed = {
+        "stage": "one",
+        "lr": 1e-3,
+        "seq_length": 8,
+        "global_batch": 2,
+        "drawn": {"a": 2},
+        "grad_norm": 1.0,
+    } | changed
     rows = [fixed | {"step": i + 1, "tokens": 16 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run

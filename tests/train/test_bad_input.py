@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import socket
@@ -87,7 +88,60 @@ def test_ranks_that_do_not_make_the_layout(tiny: TinyRun) -> None:
 
 def test_run_folder_of_another_recipe(tiny: TinyRun) -> None:
     assert tiny.train("stages.one.until=2 steps", "stages.anneal.from.before_end=1 steps").returncode == 0
-    fails(tiny, 2, "stages.one.until", "another run_dir", overrides=("stages.anneal.from.before_end=1 steps",))
+    fails(
+        tiny, 2, "stages.one.until", "another run_dir", overrides=("stages.anneal.from.before_end=1 steps",)
+    )
+
+
+def test_stages_in_another_order(tiny: TinyRun) -> None:
+    assert tiny.train().returncode == 0
+    text = tiny.recipe.read_text()
+    anneal, long = text.index("  - name: anneal"), text.index("  - name: long")
+    end = text.index("lr: {peak")
+    tiny.recipe.write_text(text[:anneal] + text[long:end] + text[anneal:long] + text[end:])
+    fails(tiny, 2, "stages[2].name is anneal, this recipe says long")
+
+
+def test_a_branch_may_be_appended_to_a_finished_run(tiny: TinyRun) -> None:
+    assert tiny.train().returncode == 0
+    before = (tiny.run / "metrics.jsonl").read_text()
+    text = tiny.recipe.read_text()
+    end = text.index("lr: {peak")
+    branch = "  - name: again\n    from: {stage: two, before_end: 3 steps}\n    tokens: 2 steps\n    mixture: {maths: 1}\n"
+    tiny.recipe.write_text(text[:end] + branch + text[end:])
+    done = tiny.train()
+    assert done.returncode == 0 and "again branches off two at step 9" in done.stdout, done.stderr
+    after = (tiny.run / "metrics.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == before.count("\n") + 2
+
+
+def test_a_run_that_never_saved_does_not_lock_its_folder(tiny: TinyRun) -> None:
+    fails(tiny, 2, "1 ranks cannot", overrides=("parallel.tp=2", "seed=7"))
+    assert tiny.train("stages.one.until=4 steps", "stages.anneal.from.before_end=1 steps").returncode == 0
+
+
+def test_two_jobs_in_one_run_folder(tiny: TinyRun) -> None:
+    tiny.run.mkdir()
+    with (tiny.run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fails(tiny, 2, "another job is training in")
+    assert tiny.train().returncode == 0
+
+
+def test_a_damaged_branch_point_is_named(tiny: TinyRun) -> None:
+    assert tiny.train("stages.one.until=6 steps").returncode == 0
+    for later in ("anneal-00000007", "long-00000013", "anneal-00000006", "long-00000012", "long-00000010"):
+        shutil.rmtree(tiny.run / "checkpoints" / later, ignore_errors=True)
+    tensors = tiny.run / "checkpoints" / "one-00000004" / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-7])
+    fails(tiny, 4, "stage 'anneal' starts from", "one-00000004", "were written")
+
+
+def test_an_error_is_told_once_under_torchrun(tiny: TinyRun) -> None:
+    for overrides in (("sources.web.path=nowhere",), ("model.heads=3",)):
+        done = tiny.train(*overrides, ranks=2)
+        assert done.returncode != 0
+        assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_checkpoint_of_another_model(tiny: TinyRun) -> None:
@@ -132,7 +186,13 @@ def test_port_taken(tiny: TinyRun) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         fails(tiny, 2, f"127.0.0.1:{port}", "is the port taken", **ranks)
 
 

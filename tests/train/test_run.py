@@ -39,7 +39,9 @@ def test_the_plan_law(whole: TinyRun) -> None:
     plan = make_plan(recipe, resolve_sizes(recipe))
     metrics = rows(whole.run / "metrics.jsonl")
     assert [(m["stage"], m["step"]) for m in metrics] == [
-        (stage.name, step) for stage in plan.stages for step in range(stage.start_step + 1, stage.end_step + 1)
+        (stage.name, step)
+        for stage in plan.stages
+        for step in range(stage.start_step + 1, stage.end_step + 1)
     ]
     for row in metrics:
         assert row["lr"] == plan.lr(row["stage_index"], row["step"] - 1)
@@ -154,7 +156,9 @@ def test_exit_code_of_a_signal_asks_for_a_restart(tiny: TinyRun) -> None:
     from tests.tiny import environment, smol
 
     command = smol("train", tiny.recipe)
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for(tiny.run / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.01)
