@@ -153,8 +153,8 @@ def run(name: str, measure: Callable[[], Outcome]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / f"{name}.json", json.dumps(_rounded(result), indent=1) + "\n")
     print(f"\n{name}: {outcome.ratio_of}\n  ours {outcome.ours}\n  peer {outcome.peer} ({outcome.peer_is})")
-    spread = f"{min(outcome.ratio.values):.3g} to {max(outcome.ratio.values):.3g}"
-    print(f"  RATIO {outcome.ratio.median:.3g} ({spread}, {len(outcome.ratio.values)} turns)")
+    spread = f"{digits(min(outcome.ratio.values))} to {digits(max(outcome.ratio.values))}"
+    print(f"  RATIO {digits(outcome.ratio.median)} ({spread}, {len(outcome.ratio.values)} turns)")
     for note in outcome.notes:
         print(f"  note: {note}")
     if noisy:
@@ -190,6 +190,11 @@ def peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM: benches measure memory on Linux only")
+
+
+def digits(ratio: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def say(text: str) -> None:

@@ -152,7 +152,7 @@ def test_checkpoint_of_another_model(tiny: TinyRun) -> None:
 
 def test_data_that_grew_since_the_run_began(tiny: TinyRun) -> None:
     assert tiny.train().returncode == 0
-    fails(tiny, 4, "source 'web' has", overrides=(f"sources.web.path={tiny.data}/code",))
+    fails(tiny, 4, "source 'web' is not what it was", overrides=(f"sources.web.path={tiny.data}/code",))
 
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tiny: TinyRun) -> None:
