@@ -12,19 +12,19 @@ TORCH := torch==2.13.0
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-install: $(INSTALLED)  ## virtual environment, pinned libraries, C++ extension (about 2 minutes, then at once)
+install: $(INSTALLED)  ## virtual environment, pinned libraries, C++ extension (about 1 minute, then at once)
 
 $(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing pinned libraries into $(VENV) (about 2 minutes the first time)"
+	@echo "installing pinned libraries into $(VENV) (about 1 minute the first time)"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt setuptools wheel pybind11
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,demo,text]'
 	@touch $@
 
-demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 6 minutes on 2 cores)
+demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 5 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: install  ## all tests (about 10 minutes on 2 cores; TESTS=tests/data for a part)

@@ -15,7 +15,7 @@ LEARNT = 6.5  # nats per token; ln(49152) = 10.8 at the start
 
 def main(run: Path) -> int:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    final = [row["loss"] for row in rows if row["stage"] == rows[-1]["stage"]][-5:]
+    final = [row["loss"] for row in rows if row["stage"] == rows[-1]["stage"]][-10:]
     loss = sum(final) / len(final)
     samples = json.loads((run / "samples.json").read_text())
     stages = list(dict.fromkeys(row["stage"] for row in rows))
