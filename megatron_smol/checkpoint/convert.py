@@ -275,11 +275,11 @@ def published(out: Path, overwrite: bool) -> Iterator[Path]:
         yield aside
         with _writing(out):
             for path in (*aside.iterdir(), aside):
-                _fsync(path)
+                on_disk.fsync(path)
             if out.exists():
                 shutil.rmtree(out)
             aside.rename(out)
-            _fsync(out.parent)
+            on_disk.fsync(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -297,11 +297,3 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} could not be written ({error}); nothing was left there") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

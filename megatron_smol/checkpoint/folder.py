@@ -153,13 +153,13 @@ def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Mark the folder complete and rename it into place, each step durable before the next."""
     for name in files:
-        _fsync(writing / name)
+        fsync(writing / name)
     write_json(writing / COMPLETE, {"format": FORMAT, "files": files})
-    _fsync(writing)
+    fsync(writing)
     if final.exists():  # the same step saved again (after a roll-back, say): the new one replaces the old
         discard(final)
     writing.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def discard(path: Path) -> None:
@@ -197,7 +197,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
