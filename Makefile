@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
 demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 5 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-test: install  ## all tests (about 10 minutes on 2 cores; TESTS=tests/data for a part)
+test: install  ## all tests (about 8 minutes on 2 cores; TESTS=tests/data for a part)
 	$(BIN)/python -m pytest $(TESTS)
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
