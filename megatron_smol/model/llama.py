@@ -122,7 +122,7 @@ def set_rope_base(gpt: GPTModel, rope_base: float) -> None:
 def initialize_weights(gpt: GPTModel, model: Model, seed: int) -> None:
     """Normal(0, init_std); outputs of attention and MLP scaled by 1/sqrt(2·layers); norms 1.
 
-    The rule is nanotron's and Megatron's (recipe.md section 1). Every tensor is drawn whole from a
+    The rule is nanotron's and Megatron's (huggingface/nanotron, parametrization.py, August 2024). Every tensor is drawn whole from a
     generator of its own, keyed by (seed, name), and then sliced, so TP, PP and DP cannot change it.
     """
     for name, parameter, kind in named_global_parameters(gpt):

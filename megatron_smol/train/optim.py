@@ -1,6 +1,6 @@
 """megatron-core's AdamW with its states sharded over data-parallel ranks.
 
-SmolLM2 decayed all parameters, norms and embeddings included (recipe.md 3.3); Megatron's habit of sparing
+SmolLM2 decayed all parameters, norms and embeddings included (nanotron of 2024 had no exclusion); Megatron's habit of sparing
 1-D parameters is the option `decay_norms: false`. The distributed optimizer is used on every layout, one
 rank included: its checkpoint format is the one that reshards to any other.
 """
@@ -20,7 +20,7 @@ from megatron_smol.recipe.schema import Optimizer
 
 
 def ddp_config(overlap: bool) -> DistributedDataParallelConfig:
-    """fp32 gradient accumulation and reduction (recipe.md 3.1); overlap hides NCCL behind the backward pass."""
+    """fp32 gradient accumulation and reduction (huggingface/smollm, the pretraining YAMLs); overlap hides NCCL behind the backward pass."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
