@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DataError, UserError, leave, ranks_have_met
 from megatron_smol.prepare import prepare_libraries
 
 app = typer.Typer(
@@ -228,22 +228,20 @@ def main() -> None:
     """Entry point of `smol` and `python -m megatron_smol`."""
     try:
         app(standalone_mode=True)
+    except SystemExit as done:  # how typer ends, well or not
+        leave(done.code if isinstance(done.code, int) else 0 if done.code is None else 1)
     except UserError as error:
         if _is_mine_to_tell(error):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(
-            f"error: {error.strerror}: {error.filename or 'a file'}; mend that, then run again",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+        what = f"{error.strerror}: {error.filename or 'a file'}"
+        print(f"error: {what}; mend that, then run again", file=sys.stderr)
+        leave(DataError.exit_code)
 
 
 def _is_mine_to_tell(error: UserError) -> bool:
     """What all ranks found alike is told by the first of them: an error they shared, or one before they met."""
-    torch = sys.modules.get("torch")
-    met = torch is not None and torch.distributed.is_initialized()
-    return os.environ.get("RANK", "0") == "0" or (met and not error.alike)
+    return os.environ.get("RANK", "0") == "0" or (ranks_have_met() and not error.alike)

@@ -7,7 +7,10 @@ Raise these for anything a user can cause or mend; `assert` is for our own invar
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -44,3 +47,22 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     names = sorted(map(str, allowed))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
+
+
+def ranks_have_met() -> bool:
+    """Whether this process is part of a process group; asked without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.distributed.is_initialized())
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with this code and no other.
+
+    Once ranks have met, threads of their process group live on while the interpreter goes down, and sometimes
+    abort it with a code of their own (SIGABRT); leaving at once keeps ours.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ranks_have_met():
+        os._exit(code)
+    sys.exit(code)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import UserError, leave
 from megatron_smol.prepare import prepare_libraries
 
 EXAMPLES = """
@@ -75,4 +75,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
