@@ -1,6 +1,6 @@
 """`python -m megatron_smol`, which is what torchrun and srun start."""
 
-from megatron_smol.cli import main
+from megatron_smol.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

@@ -225,21 +225,27 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point of `smol` and `python -m megatron_smol`."""
+    """The command: always ends with SystemExit, an error told in one sentence."""
     try:
         app(standalone_mode=True)
-    except SystemExit as done:  # how typer ends, well or not
-        leave(done.code if isinstance(done.code, int) else 0 if done.code is None else 1)
     except UserError as error:
         if _is_mine_to_tell(error):
             print(f"error: {error}", file=sys.stderr)
-        leave(error.exit_code)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         what = f"{error.strerror}: {error.filename or 'a file'}"
         print(f"error: {what}; mend that, then run again", file=sys.stderr)
-        leave(DataError.exit_code)
+        sys.exit(DataError.exit_code)
+
+
+def entry() -> None:
+    """Entry point of `smol` and `python -m megatron_smol`: `main` in a process of its own."""
+    try:
+        main()
+    except SystemExit as done:
+        leave(done.code if isinstance(done.code, int) else 0 if done.code is None else 1)
 
 
 def _is_mine_to_tell(error: UserError) -> bool:
