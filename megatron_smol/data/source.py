@@ -98,8 +98,7 @@ class TokenSource:
             )
 
     def deep_check(self) -> None:
-        """Read every byte: checksums against the manifest, the index tables, ids below the vocabulary's size.
-        Read every byte: checksums against the manifest, the index tables, ids below the vocabulary's size."""
+        """Read every byte: checksums against the manifest, the index tables, ids below the vocabulary's size."""
         for shard in self.shards:
             shard.deep_check()
         if self.manifest is None:

@@ -10,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-from megatron_smol.data.blend import exact_weights
-
-# People write weights with a few decimals, thirds for instance; more than this off one is a mistake, not
-# rounding.
-SUM_TOLERANCE = Fraction(1, 10**6)
+from megatron_smol.data.blend import SUM_TOLERANCE, exact_weights
 
 
 def resolve_mixture(raw: object) -> dict[str, Fraction]:
