@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
 	@echo "installing pinned libraries into $(VENV) (about 1 minute the first time)"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt setuptools wheel pybind11
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,demo,text]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,demo,text,hub,post,eval]'
 	@touch $@
 
 demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 5 minutes on 2 cores)

@@ -24,8 +24,7 @@ _READ_BYTES = 8 << 20
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it is whole. The process id keeps two writers from mixing their bytes.
-    Where `path` is written before it is whole. The process id keeps two writers from mixing their bytes."""
+    """Where `path` is written before it is whole. The process id keeps two writers from mixing their bytes."""
     return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
 
 

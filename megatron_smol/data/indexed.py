@@ -154,8 +154,7 @@ class IndexedWriter:
         self.add_documents(tokens, sequence_lengths, np.array([sequence_lengths.size]))
 
     def add_documents(self, ids: TokenArray, lengths: TokenArray, sequences: TokenArray) -> None:
-        """Append many documents at once: all their ids, the length of each sequence, sequences per document.
-        Append many documents at once: all their ids, the length of each sequence, sequences per document."""
+        """Append many documents at once: all their ids, the length of each sequence, sequences per document."""
         assert int(lengths.sum()) == ids.size, "sequence lengths do not add up to the number of ids"
         assert int(sequences.sum()) == lengths.size, "documents do not add up to the number of sequences"
         if ids.size and ids.dtype != self.dtype:

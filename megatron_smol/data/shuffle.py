@@ -22,8 +22,7 @@ _KEYS = 1 << 64
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokenized documents back to back: all ids, the length of each sequence, the sequences of each document.
-    Tokenized documents back to back: all ids, the length of each sequence, the sequences of each document."""
+    """Tokenized documents back to back: all ids, the length of each sequence, the sequences of each document."""
 
     ids: TokenArray
     lengths: TokenArray
@@ -56,8 +55,7 @@ ALL_KEYS = KeyRange(0, _KEYS)
 
 
 def document_keys(seed: int, block: int, count: int) -> TokenArray:
-    """Keys of the documents of a block. Mixing is a bijection of (block, row), so no two documents share one.
-    Keys of the documents of a block. Mixing is a bijection of (block, row), so no two documents share one."""
+    """Keys of the documents of a block. Mixing is a bijection of (block, row), so no two documents share one."""
     rows = np.arange(count, dtype=np.uint64) | np.uint64(block << 32)
     return _mixed(rows ^ _mixed(np.array([seed], dtype=np.uint64)))
 
@@ -74,8 +72,7 @@ def _mixed(values: TokenArray) -> TokenArray:
 def merged_runs(
     blocks: Sequence[IndexedReader], keys: Sequence[TokenArray], part: KeyRange, runs: int
 ) -> Iterator[Documents]:
-    """The documents of a key range in order, a run at a time. Each block's documents are sorted by its keys.
-    The documents of a key range in order, a run at a time. Each block's documents are sorted by its keys."""
+    """The documents of a key range in order, a run at a time. Each block's documents are sorted by its keys."""
     for run in part.split(runs):
         slices = [np.searchsorted(own, np.uint64(run.start)) for own in keys]
         stops = [own.size if run.stop == _KEYS else np.searchsorted(own, np.uint64(run.stop)) for own in keys]

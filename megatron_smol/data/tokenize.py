@@ -242,8 +242,7 @@ def _assemble(
 
 
 def _description(settings: Settings, source: str, inputs: Sequence[Record]) -> Record:
-    """The part of the manifest that is known before the work: two runs that agree on it write the same bytes.
-    The part of the manifest that is known before the work: two runs that agree on it write the same bytes."""
+    """The part of the manifest that is known before the work: two runs that agree on it write the same bytes."""
     tokenizer = settings.tokenizer
     return {
         "source": source,

@@ -224,8 +224,7 @@ def _encode_splintr(encoder: Any, texts: Sequence[str]) -> tuple[IdArray, IdArra
 
 
 def _missing_bytes(document: dict[str, Any], vocab: dict[str, int]) -> bytes:
-    """Bytes that a byte-level vocabulary has no token for (21 of SmolLM2's, most of them never valid UTF-8).
-    Bytes that a byte-level vocabulary has no token for (21 of SmolLM2's, most of them never valid UTF-8)."""
+    """Bytes that a byte-level vocabulary has no token for (21 of SmolLM2's, most of them never valid UTF-8)."""
     if "ByteLevel" not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
         return b""
     return bytes(byte for byte, symbol in _byte_symbols().items() if symbol not in vocab)

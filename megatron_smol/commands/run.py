@@ -1,0 +1,69 @@
+"""`smol plan`, `train`, `report`, `doctor`: a recipe from arithmetic to a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_smol.commands.arguments import Overrides, RecipePath
+from megatron_smol.prepare import prepare_libraries
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Tokens/s of one GPU, for days and GPU-hours.", min=1.0)
+    ] = None,
+) -> None:
+    """Work out what a recipe will do: steps, tokens and epochs per source, LR, memory, days. Needs no GPU, no data.
+
+    Exit code 2 when a source is read more often than its max_epochs allows.
+    """
+    from megatron_smol.recipe.load import load_recipe
+    from megatron_smol.recipe.plan import make_plan, resolve_sizes
+    from megatron_smol.recipe.render import print_plan
+
+    loaded = load_recipe(recipe, overrides or [])
+    made = make_plan(loaded, resolve_sizes(loaded))
+    print_plan(made, tokens_per_second, as_json=json)
+    made.require_no_errors()
+
+
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train all stages of a recipe; the same command continues a run that was stopped.
+
+    Several ranks: torchrun --nproc-per-node 2 -m megatron_smol train RECIPE. Exit codes of a rank: 0 done, 75 stopped by
+    a signal after saving (run again), 2 recipe, 3 data, 4 checkpoint, 5 the loss is not a number; torchrun itself makes
+    1 of all of them, srun keeps them.
+    """
+    from megatron_smol.recipe.load import load_recipe
+    from megatron_smol.train.signals import StopFlag
+
+    loaded = load_recipe(recipe, overrides or [])
+    stop = StopFlag()
+    stop.install()
+    prepare_libraries()
+    from megatron_smol.train.run import train as run
+
+    raise typer.Exit(run(loaded, stop))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", metavar="RUN")],
+) -> None:
+    """Write RUN/report.html: losses, mixtures, ledger, validation, samples, in one self-contained file."""
+    from megatron_smol.report.render import write_report
+
+    print(write_report(run))
+
+
+def doctor() -> None:
+    """Say what this machine offers and what is in the way; exit code 2 when something must be mended."""
+    prepare_libraries()
+    from megatron_smol.doctor import print_findings
+
+    raise typer.Exit(0 if print_findings() else 2)
