@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +172,7 @@ def use_cpu() -> None:
     _call_cpu_for_cuda(LanguageModule.setup_embeddings_and_output_layer)
     _call_cpu_for_cuda(DistributedOptimizer.get_parameter_state_dp_zero)
 
+    _keep_gradients_of_one_rank_in_place()
     mc_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     mc_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
@@ -181,6 +183,22 @@ def _answer_cuda_questions() -> None:
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
+
+
+def _keep_gradients_of_one_rank_in_place() -> None:
+    """Data parallel over one rank moves nothing; gloo would copy all gradients and weights at every step."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    gather, scatter = buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func
+
+    def all_gather(output: Tensor, shard: Tensor, group: Any, async_op: bool = False) -> Any:
+        return gather(output, shard, group=group, async_op=async_op) if group.size() > 1 else None
+
+    def reduce_scatter(shard: Tensor, buffer: Tensor, op: Any, group: Any, async_op: bool = False) -> Any:
+        return scatter(shard, buffer, op=op, group=group, async_op=async_op) if group.size() > 1 else None
+
+    # The shard of a single rank is a view of the whole buffer.
+    buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func = all_gather, reduce_scatter
 
 
 def _call_cpu_for_cuda(function: types.FunctionType) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron_smol.model.attention import RMSNorm, SdpaCoreAttention
 from megatron_smol.model.backend import Backend, backend
+from megatron_smol.model.layers import SwiGluMLP
 from megatron_smol.model.precision import Precision
 from megatron_smol.recipe.schema import Model, Parallel
 
@@ -80,6 +81,7 @@ def layer_spec(config: TransformerConfig, here: Backend) -> ModuleSpec | Transfo
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    spec.submodules.mlp.module = SwiGluMLP
     layers = [spec] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 

@@ -58,6 +58,10 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
     for inner in (chained.optimizer for chained in optimizer.chained_optimizers):
         if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam does this by itself
             continue
+        for group in inner.param_groups:
+            group["fused"] = (
+                True  # one pass over memory instead of eight; megatron-core has no setting for it
+            )
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             inner.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),

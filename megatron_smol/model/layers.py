@@ -1,0 +1,100 @@
+"""SwiGLU and rotary positions for megatron-core's local layers, without the copies that autograd adds.
+
+megatron-core fuses both on a GPU (Transformer Engine, torch.compile). Its plain versions cut a tensor in two and
+join the halves again, forward and backward; here each half is written where it belongs. Same arithmetic, in the same
+order, so the results are bit-equal to transformers' Llama.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import attention as megatron_attention
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+
+class SwiGluMLP(MLP):
+    """megatron-core's MLP with the activation below; weights, names and checkpoints are the same."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:  # [s, b, h] -> [s, b, h]
+        gate_and_up, _bias = self.linear_fc1(hidden_states)  # [s, b, 2 f / tp]
+        return self.linear_fc2(SwiGLU.apply(gate_and_up))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., 2 f] = [gate, up]; keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, -1)
+        both = torch.empty_like(gate_and_up)
+        grad_gate, grad_up = both.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return both
+
+
+class Rotation(torch.autograd.Function):
+    """Turn the pairs (x[i], x[i + d/2]) of each head by their angles; the gradient is turned back.
+
+    x: [s, b, heads, d]; cos, sin: [s, 1 or b, 1, d / 2].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x.chunk(2, -1)
+    out_first, out_second = turned.chunk(2, -1)
+    torch.mul(first, cos, out=out_first).sub_(second * sin)
+    torch.mul(second, cos, out=out_second).add_(first * sin)
+    return turned
+
+
+_apply_in_megatron = rope_utils.apply_rotary_pos_emb
+
+
+def apply_rotary_pos_emb(
+    t: Tensor, freqs: Tensor, config: Any, cu_seqlens: Tensor | None = None, **rest: Any
+) -> Tensor:
+    """megatron-core's function of this name, for what its local layers ask of it; the rest goes to it.
+
+    t: [s, b, heads, d]; freqs: [s, 1, 1, d] angles, the two halves alike.
+    """
+    plain = cu_seqlens is None and freqs.size(-1) == t.size(-1)
+    if not plain or config.apply_rope_fusion or config.rotary_interleaved or rest.get("mscale", 1.0) != 1.0:
+        return _apply_in_megatron(t, freqs, config, cu_seqlens, **rest)
+    cos, sin = _cos_sin(freqs, t.dtype)
+    return Rotation.apply(t, cos, sin)
+
+
+def _cos_sin(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Computed once for a table of angles, which megatron-core keeps for each length, not once a layer."""
+    known: dict[torch.dtype, tuple[Tensor, Tensor]] = freqs.__dict__.setdefault("cos_sin", {})
+    if dtype not in known:
+        half = freqs[..., : freqs.size(-1) // 2]
+        known[dtype] = (half.cos().to(dtype), half.sin().to(dtype))
+    return known[dtype]
+
+
+megatron_attention.apply_rotary_pos_emb = apply_rotary_pos_emb
