@@ -18,6 +18,7 @@ from markupsafe import Markup
 from megatron_smol.report import figures, style
 from megatron_smol.report.collect import RunRecord, SourceUse, StageRun, collect
 from megatron_smol.report.style import NARROW, WIDE, short
+from megatron_smol.report.tail import collect_tail, curves
 
 REPORT_NAME = "report.html"
 
@@ -40,6 +41,7 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = short
+    tail = collect_tail(run.folder)
     return environment.get_template("template.html").render(
         run=run,
         status=_status(run),
@@ -53,11 +55,13 @@ def render(run: RunRecord) -> str:
         validation=_picture(figures.validation, run) if any(s.validation for s in run.stages) else None,
         stages=[_stage_row(stage) for stage in run.stages],
         sources=[_source_row(source) for source in run.sources],
+        tail=tail,
+        tail_curves=_picture(curves, tail) if tail else None,
         samples=[_sample(sample) for sample in run.samples],
     )
 
 
-def _picture(draw: Callable[[RunRecord, style.Layout], str], run: RunRecord) -> Markup:
+def _picture(draw: Callable[[Any, style.Layout], str], run: Any) -> Markup:
     """Both widths of a figure; the page's CSS shows one."""
     drawn = ((layout.name, draw(run, layout)) for layout in (WIDE, NARROW))
     return Markup("".join(f'<div class="figure {name}">{svg}</div>' for name, svg in drawn))  # our own SVG

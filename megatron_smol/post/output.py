@@ -1,0 +1,148 @@
+"""The folder that SFT and DPO write: whole or not a model yet, never done twice, continued after a kill.
+
+OUTPUT/metrics.jsonl validation.jsonl tensorboard/ bad_rows.jsonl     from the first step on
+OUTPUT/.work/                          tokens and checkpoints to resume from; removed at the end
+OUTPUT/config.json model.safetensors tokenizer.json ...               the model, config.json last
+OUTPUT/tail.json                       what was made from what; its presence means "complete"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_smol.checkpoint.folder import COMPLETE, describe_files, fsync, sha256, verify_files
+from megatron_smol.data.files import write_whole
+from megatron_smol.errors import CheckpointError, UserError
+
+RECORD, WORK, ASKED = "tail.json", ".work", "asked.json"
+_CHECKPOINT, _DAMAGED = "checkpoint-", "damaged-"
+
+
+class Output:
+    """One OUTPUT folder and its working files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / WORK
+        self._is_new = False
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / RECORD).is_file()
+
+    def open(self, asked: dict[str, Any], overwrite: bool) -> None:
+        """Make the folder for this work, or find it half done or done; UserError when it holds other work.
+
+        asked: model, data and settings, as JSON can hold them. overwrite: replace what was made from others.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; give a folder as --output")
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            before = self._asked_before()
+            if before is None:
+                raise UserError(f"{self.folder} holds other files; choose a new folder as --output")
+            if before == asked:
+                return
+            if not overwrite:
+                raise UserError(
+                    f"{self.folder} was made from something else ({_difference(before, asked)}); choose another "
+                    "--output, or replace it with --overwrite"
+                )
+            shutil.rmtree(self.folder)
+        self.work.mkdir(parents=True)
+        write_whole(self.work / ASKED, json.dumps(asked, indent=1))
+        self._is_new = True
+
+    def undo(self) -> None:
+        """Remove a folder that `open` has just made: the work could not begin."""
+        if self._is_new:
+            shutil.rmtree(self.folder)
+
+    def _asked_before(self) -> dict[str, Any] | None:
+        try:
+            if self.complete:
+                return dict(json.loads((self.folder / RECORD).read_text())["asked"])
+            return dict(json.loads((self.work / ASKED).read_text()))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    # --- checkpoints of the trainer ----------------------------------------------------------------------
+
+    def mark_complete(self, step: int) -> None:
+        """Record size and SHA-256 of every file of a checkpoint that is written to the end."""
+        path = self.work / f"{_CHECKPOINT}{step}"
+        names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+        for name in names:
+            fsync(path / name)
+        write_whole(path / COMPLETE, json.dumps({"files": describe_files(path, names)}))
+
+    def newest_checkpoint(self, warn: Any) -> Path | None:
+        """The furthest checkpoint whose files are as they were written; worse ones are named and moved aside."""
+        found = [p for p in self.work.glob(f"{_CHECKPOINT}*") if p.name.removeprefix(_CHECKPOINT).isdecimal()]
+        for path in sorted(found, key=_step, reverse=True):
+            try:
+                if not (path / COMPLETE).is_file():
+                    raise CheckpointError(f"{path} was not written to the end")
+                verify_files(path)
+                return path
+            except CheckpointError as error:
+                warn(f"checkpoint passed over: {error}")
+                aside = path.with_name(f"{_DAMAGED}{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        return None
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def publish(self, written: Path, record: dict[str, Any]) -> None:
+        """Move the model's files from WORK to OUTPUT, config.json last, and clear the working files.
+
+        Without config.json no library takes the folder for a model. A kill in between leaves the checkpoint to
+        go on from.
+        """
+        asked = json.loads((self.work / ASKED).read_text())
+        for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod(0o644)  # safetensors writes for the owner alone
+            fsync(path)
+            path.replace(self.folder / path.name)
+        fsync(self.folder)
+        write_whole(self.folder / RECORD, json.dumps({**record, "asked": asked}, indent=1) + "\n")
+        shutil.rmtree(self.work)
+
+
+def model_identity(folder: Path) -> str:
+    """SHA-256 over the model's own files: the same weights and tokenizer under another path are the same."""
+    names = ("config.json", "tokenizer.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    files += sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return _together(files)
+
+
+def data_identity(source: str) -> str:
+    """A file by its SHA-256, a hub data set by its name."""
+    path = Path(source).expanduser()
+    return sha256(path) if path.is_file() else source
+
+
+def _together(files: list[Path]) -> str:
+    return hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_CHECKPOINT))
+
+
+def _difference(before: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The names of what differs, settings by their own."""
+    names = []
+    for key in sorted({*before, *asked}):
+        old, new = before.get(key), asked.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+        elif old != new:
+            names.append(f"another {key}" if key in ("model", "data") else f"{key} {old} -> {new}")
+    return ", ".join(names)

@@ -1,0 +1,115 @@
+"""The output folder: complete or no model, one piece of work, never somebody's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_smol.errors import UserError
+from megatron_smol.post.output import Output, data_identity, model_identity
+
+ASKED = {"command": "sft", "model": "m", "data": "d", "settings": {"lr": 1.0, "seed": 1}}
+
+
+def finished(folder: Path) -> Output:
+    output = Output(folder)
+    output.open(ASKED, overwrite=False)
+    written = output.work / "model"
+    written.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (written / name).write_text(name)
+    output.publish(written, {"steps": 3})
+    return output
+
+
+def test_a_finished_output_holds_the_model_alone(tmp_path: Path) -> None:
+    output = finished(tmp_path / "out")
+    assert output.complete and not output.work.exists()
+    assert json.loads((output.folder / "tail.json").read_text()) == {"steps": 3, "asked": ASKED}
+    output.open(ASKED, overwrite=True)  # the same work: left as it is
+    assert output.complete
+
+
+def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(tmp_path / "out")
+    output.open(ASKED, overwrite=False)
+    written = output.work / "model"
+    written.mkdir()
+    for name in ("config.json", "a.safetensors", "z.json"):
+        (written / name).write_text(name)
+    moved: list[str] = []
+    replace = Path.replace
+
+    def stop_at_the_last(self: Path, target: Path) -> Path:
+        moved.append(self.name)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        output.publish(written, {})
+    assert moved[-1] == "config.json"
+    assert not (output.folder / "config.json").exists() and not output.complete and output.work.is_dir()
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_other_work_is_refused_or_replaced(tmp_path: Path, done: bool) -> None:
+    folder = tmp_path / "out"
+    output = finished(folder) if done else Output(folder)
+    output.open(ASKED, overwrite=False)
+    other = {**ASKED, "model": "n", "settings": {"lr": 2.0, "seed": 1}}
+    with pytest.raises(
+        UserError, match=r"made from something else \(another model, lr 1.0 -> 2.0\); .* --overwrite"
+    ):
+        output.open(other, overwrite=False)
+    output.open(other, overwrite=True)
+    assert not output.complete and not (folder / "config.json").exists()
+    output.open(other, overwrite=False)
+
+
+def test_other_peoples_files_are_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="holds other files"):
+        Output(tmp_path).open(ASKED, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        Output(tmp_path / "thesis.txt").open(ASKED, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
+def test_a_checkpoint_counts_when_it_is_whole(tmp_path: Path) -> None:
+    output = Output(tmp_path)
+    said: list[str] = []
+    assert output.newest_checkpoint(said.append) is None
+    for step in (2, 10, 4):
+        path = output.work / f"checkpoint-{step}" / "sub"
+        path.mkdir(parents=True)
+        (path / "weights").write_text(f"{step}" * 20)
+        (path.parent / "optimizer.pt").write_text("o")
+        output.mark_complete(step)
+    unfinished = output.work / "checkpoint-12"
+    unfinished.mkdir()
+    (output.work / "checkpoint-10" / "sub" / "weights").write_text("1" * 40)  # the same size, other content
+    newest = output.newest_checkpoint(said.append)
+    assert newest is not None and newest.name == "checkpoint-4"
+    assert "checkpoint-12 was not written to the end" in said[0] and "checkpoint-10" in said[1]
+    assert {path.name for path in output.work.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_identity_is_of_the_content(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    assert model_identity(copy) == model_identity(base)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert model_identity(copy) != model_identity(base)
+    rows = tmp_path / "a.jsonl"
+    rows.write_text("{}\n")
+    before = data_identity(str(rows))
+    rows.write_text("[]\n")
+    assert data_identity(str(rows)) != before
