@@ -1,28 +1,49 @@
-"""SIGTERM and SIGUSR1 become a flag that all ranks read at the same step.
+"""SIGTERM, SIGUSR1 and the file RUN/stop become a flag that all ranks read at the same step.
 
-Slurm sends one of them before the time limit or a preemption; `scancel` and Ctrl-C end up here too. A second
-signal changes nothing (a fourth Ctrl-C ends the process): the save under way is what saves the work. Installed before torch is imported (seconds in
-which a signal would otherwise kill the rank), so this file does not import it at its top.
+Slurm sends a signal before the time limit or a preemption; `scancel` and Ctrl-C end up here too. A second
+signal changes nothing (a fourth Ctrl-C ends the process): the save under way is what saves the work. Signals
+are held back by `hold` and taken by `install` before torch is imported (seconds in which a signal would
+otherwise kill the rank), so this file imports nothing heavy at its top.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "stop"
+# In place of a signal's number, larger than any of them.
+ASKED_BY_FILE = 1000
+# The run folder is on a shared file system: one look a second, by one rank.
+LOOK_EVERY_SECONDS = 1.0
+
+
+def hold() -> None:
+    """Let the stop signals wait: what arrives from here on is delivered by `StopFlag.install`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 class StopFlag:
-    """Set by a signal on any rank; `agreed` tells every rank alike."""
+    """Set by a signal on any rank, or by the file `folder`/stop; `agreed` tells every rank alike.
 
-    def __init__(self) -> None:
+    folder: the run's; without one, what the launcher names in SMOL_RUN_FOLDER, if anything.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.received: int = 0
         self._count = 0
+        named = os.environ.get("SMOL_RUN_FOLDER")
+        self._folder = folder or (Path(named) if named else None)
+        self._looked = 0.0
 
     def install(self) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
@@ -31,11 +52,20 @@ class StopFlag:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def agreed(self) -> int:
-        """The signal that any rank received (0: none), the same on all ranks. Called once a step."""
+        """The signal that any rank received, or ASKED_BY_FILE (0: none), the same on all ranks. Called once a step."""
         import torch
 
         from megatron_smol.model.backend import backend
 
+        if torch.distributed.get_rank() == 0 and self._file_asks():
+            self.received = ASKED_BY_FILE
         flag = torch.tensor([self.received], device=backend().device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return int(flag)
+
+    def _file_asks(self) -> bool:
+        now = time.monotonic()
+        if self._folder is None or now - self._looked < LOOK_EVERY_SECONDS:
+            return False
+        self._looked = now
+        return (self._folder / STOP_FILE).exists()

@@ -1,0 +1,42 @@
+"""The few questions asked of Slurm's own commands, and the few orders given to them."""
+
+from __future__ import annotations
+
+import subprocess
+
+from megatron_smol.errors import UserError
+
+
+def ask(*command: str, seconds: float = 60) -> str:
+    """Standard output of a Slurm command; UserError with its own words when it refuses or is missing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except FileNotFoundError:
+        raise UserError(f"'{command[0]}' is not installed here; run this where jobs are submitted") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"'{' '.join(command)}' gave no answer in {seconds:.0f} s; is Slurm up?") from None
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"'{command[0]}' refused: {words or f'code {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def host_names(node_list: str) -> list[str]:
+    """node[1-3] as node1, node2, node3."""
+    return ask("scontrol", "show", "hostnames", node_list).split()
+
+
+def answering(nodes: list[str]) -> list[str]:
+    """Those that Slurm does not call down, drained or silent (a `*` behind the state), in the given order."""
+    rows = (
+        line.split() for line in ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T").splitlines()
+    )
+    state = dict(rows)
+    lost = ("down", "drain", "fail", "*", "reboot")
+    return [node for node in nodes if not any(word in state.get(node, "down") for word in lost)]
+
+
+def job(job_id: str) -> dict[str, str]:
+    """`scontrol show job` as a mapping; UserError when Slurm no longer knows it."""
+    text = ask("scontrol", "show", "job", job_id).split("\n\n")[0]
+    return dict(item.split("=", 1) for item in text.split() if "=" in item)

@@ -1,0 +1,295 @@
+"""One leg of a run: what the batch script becomes on the first node, from the job's start to its exit code.
+
+    python -m megatron_smol.slurm.leg RECIPE [a.b=c]
+
+A run that is finished already is left alone, in a second. Else: look at the nodes (preflight), train under srun,
+decide (decide.py), write it down (legs.jsonl), requeue the job or leave. Reads the nodes, tasks and GPUs from the
+environment that sbatch made; settings of its own:
+
+    SPARES=0         nodes of the allocation that are held back; with --no-kill one takes a lost node's place
+    PREFLIGHT=1      0: do not look at the nodes first
+    FUTILE_LEGS=3    starts in a row without a new checkpoint after which the job stops for good
+    OVERRIDES=""     more a.b=c, in shell quoting
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_smol.data.files import write_whole
+from megatron_smol.errors import EXIT_RESTART_ME, UserError
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.recipe.plan import Plan, make_plan, resolve_sizes
+from megatron_smol.slurm import clients, legs, preflight
+from megatron_smol.slurm.decide import FUTILE_LEGS, Action, Decision, Evidence, decide
+from megatron_smol.train.signals import STOP_FILE
+
+# One rank that left: the others have so long to leave too (they save together) before they are ended.
+WAIT_SECONDS = 60
+PREFLIGHT_SECONDS = 180
+# What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
+CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
+
+
+@dataclass
+class Leg:
+    """This start of the job. nodes: all of the allocation; needed: how many of them train."""
+
+    arguments: list[str]  # RECIPE [a.b=c]
+    plan: Plan
+    job: str
+    chain: str
+    restart: int
+    nodes: list[str]
+    needed: int
+    tasks_per_node: int
+    attempt: int = 0
+    signalled: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_environment(cls, arguments: list[str]) -> Leg:
+        slurm = os.environ
+        recipe = load_recipe(arguments[0], arguments[1:])
+        plan = make_plan(recipe, resolve_sizes(recipe))
+        plan.require_no_errors()
+        nodes = clients.host_names(slurm["SLURM_JOB_NODELIST"])
+        spares = int(slurm.get("SPARES", "0"))
+        if not 0 <= spares < len(nodes):
+            raise UserError(
+                f"SPARES is {spares} and the job has {len(nodes)} nodes; keep at least one to train on"
+            )
+        return cls(
+            arguments,
+            plan,
+            job=slurm["SLURM_JOB_ID"],
+            chain=slurm.get("SLURM_ARRAY_JOB_ID", slurm["SLURM_JOB_ID"]),
+            restart=int(slurm.get("SLURM_RESTART_COUNT", "0")),
+            nodes=nodes,
+            needed=len(nodes) - spares,
+            tasks_per_node=max(int(slurm.get("SLURM_NTASKS", len(nodes))) // len(nodes), 1),
+        )
+
+    @property
+    def run(self) -> Path:
+        return self.plan.recipe.run_path
+
+    @property
+    def has_spares(self) -> bool:
+        return self.needed < len(self.nodes)
+
+    @property
+    def scratch(self) -> Path:
+        """Small files of this attempt, in the run folder, which every node sees."""
+        return self.run / "slurm" / f"{self.job}.{self.restart}.{self.attempt}"
+
+    def say(self, line: str) -> None:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} leg: {line}", flush=True)
+
+    def go(self) -> int:
+        """Train until done, stopped, or requeued; the job's exit code."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+        stands = legs.position(self.plan)
+        where = (
+            f"nodes {','.join(self.nodes)}, {self.needed * self.tasks_per_node} ranks, run folder {self.run}"
+        )
+        self.say(f"job {self.job}, restart {self.restart}, {where}, from {stands.name}")
+        if stands.finished:
+            return self._end(decide(Evidence(0, finished=True)), stands)
+        while True:
+            decision = self._attempt()
+            if decision.action is not Action.RESTART or not self._again_in_place():
+                return self._end(decision, legs.position(self.plan))
+            self.attempt += 1
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signalled.append(number)  # Slurm gives the same signal to the ranks, which save and leave
+
+    def _attempt(self) -> Decision:
+        """Preflight, training, decision."""
+        before = legs.position(self.plan)
+        row = {"job": self.job, "chain": self.chain, "restart": self.restart, "attempt": self.attempt}
+        log = self.run / legs.LEGS
+        legs.append_row(
+            log,
+            {
+                "event": "start",
+                **row,
+                "progress": before.progress,
+                "nodes": self.nodes,
+                "host": os.uname().nodename,
+            },
+        )
+        started = time.time()
+        code, nodes = EXIT_RESTART_ME, []
+        if not self._stop_file():
+            nodes = self._fit_nodes()
+            code = self._train(nodes) if nodes else 1
+        decision = decide(self._evidence(code))
+        after = legs.position(self.plan)
+        legs.append_row(
+            log,
+            {
+                "event": "end", **row, "progress": after.progress, "nodes": nodes, "code": code,
+                "seconds": round(time.time() - started, 1), "action": decision.action, "reason": decision.reason,
+            },
+        )  # fmt: skip
+        return decision
+
+    def _evidence(self, code: int) -> Evidence:
+        stands = legs.position(self.plan)
+        rows = legs.last_rows(self.run / legs.LEGS)
+        last = legs.last_rows(self.run / "metrics.jsonl", 1 << 16)[-1:]
+        return Evidence(
+            code,
+            rank_codes=tuple(row["code"] for row in legs.last_rows(self.scratch / "exits.jsonl")),
+            finished=stands.finished,
+            stop_file=self._stop_file(),
+            cancelled=signal.SIGTERM in self.signalled and self._state() in CANCELLED,
+            futile_legs=legs.futile_legs(rows, self.chain, stands.progress),
+            allowed_futile_legs=int(os.environ.get("FUTILE_LEGS", FUTILE_LEGS)),
+            checkpoint=stands.name,
+            step=f"step {last[0]['step']} of '{last[0]['stage']}'" if last else "no step",
+        )
+
+    def _stop_file(self) -> str:
+        path = self.run / STOP_FILE
+        return str(path) if path.exists() else ""
+
+    def _state(self) -> str:
+        try:
+            return clients.job(self.job)["JobState"]
+        except UserError:
+            return "UNKNOWN"
+
+    def _fit_nodes(self) -> list[str]:
+        """As many fit nodes as are needed, or none; who is not fit, and why, is said."""
+        up = clients.answering(self.nodes)
+        unfit = {node: "Slurm calls it down or drained" for node in self.nodes if node not in up}
+        fit = up
+        if os.environ.get("PREFLIGHT", "1") != "0" and up:
+            verdict = self._preflight(up)
+            fit = verdict.fit
+            unfit |= verdict.unfit
+            for note in verdict.notes:
+                self.say(f"preflight: {note}")
+        for node, why in unfit.items():
+            self.say(f"preflight: {node} is not fit: {why}")
+            self.say(
+                f"preflight: an operator can keep jobs off it: scontrol update NodeName={node} State=DRAIN Reason=..."
+            )
+        if len(fit) < self.needed:
+            self.say(f"preflight: {len(fit)} of {len(self.nodes)} nodes are fit, {self.needed} are needed")
+            return []
+        self.say(f"preflight: training on {','.join(fit[: self.needed])}")
+        return fit[: self.needed]
+
+    def _preflight(self, nodes: list[str]) -> preflight.Verdict:
+        folder = self.scratch / "preflight"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        on_cpu = os.environ.get("SMOL_DEVICE") == "cpu" or "SLURM_GPUS_ON_NODE" not in os.environ
+        per_node = 1 if on_cpu else self.tasks_per_node
+        limit = float(os.environ.get("PREFLIGHT_SECONDS", PREFLIGHT_SECONDS))
+        command = self._srun(nodes, per_node, "megatron_smol.slurm.preflight", str(folder))
+        process = subprocess.Popen(command, env=self._environment(nodes, port_shift=1))
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.say(f"preflight: no end after {limit:.0f} s")
+            process.terminate()
+            process.wait()
+        found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        return preflight.judge(nodes, found)
+
+    def _train(self, nodes: list[str]) -> int:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        command = self._srun(nodes, self.tasks_per_node, "megatron_smol.slurm.rank", "train", _held())
+        return subprocess.run(command, env=self._environment(nodes)).returncode
+
+    def _srun(
+        self, nodes: list[str], per_node: int, module: str, first: str, before: list[str] | None = None
+    ) -> list[str]:
+        """--export=ALL: an sbatch --export=NONE would start the ranks without PATH. No --kill-on-bad-exit: a rank that
+        leaves with 75 takes the others along by agreement; --wait ends those that do not follow. --no-kill: a lost
+        node ends the step, not the job that holds a spare. --overlap: the batch step does not hold the nodes."""
+        count = len(nodes)
+        shape = [f"--nodes={count}", f"--ntasks={count * per_node}", f"--ntasks-per-node={per_node}"]
+        rules = ["--export=ALL", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}", "--overlap"]
+        where = [f"--nodelist={','.join(nodes)}", *(["--no-kill"] if self.has_spares else [])]
+        python = [*(before or []), sys.executable, "-m", module, first, *self.arguments]
+        return ["srun", *shape, *where, *rules, *python]
+
+    def _environment(self, nodes: list[str], port_shift: int = 0) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if k not in ("SLURM_DISTRIBUTION", "SLURM_NODELIST")}
+        port = 20000 + (int(self.job) * 8 + self.attempt * 2 + port_shift) % 20000
+        kept |= {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(port), "SMOL_RUN_FOLDER": str(self.run)}
+        kept |= {"SMOL_EXITS": str(self.scratch / "exits.jsonl")}
+        if cpus := kept.get("SLURM_CPUS_PER_TASK"):
+            kept["SRUN_CPUS_PER_TASK"] = cpus  # srun does not inherit it since Slurm 22.05
+        return kept
+
+    def _again_in_place(self) -> bool:
+        """Whether to try again inside this allocation: there is a spare, and no signal asked the job to leave."""
+        return self.has_spares and not self.signalled and self._state() == "RUNNING"
+
+    def _end(self, decision: Decision, stands: legs.Position) -> int:
+        if decision.action is Action.DONE:
+            mark: dict[str, Any] = {"job": self.job, "restart": self.restart, "checkpoint": stands.name}
+            write_whole(self.run / "slurm" / f"{self.job}.done", json.dumps(mark) + "\n")
+        self.say(f"{decision.action}: {decision.reason} (exit code {decision.exit_code})")
+        if decision.action is Action.RESTART:
+            self._requeue()
+        return decision.exit_code
+
+    def _requeue(self) -> None:
+        """Put the job back into the queue under its own number, unless another one follows by itself."""
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            self.say("the next element of the array goes on")
+            return
+        state = self._state()
+        if state not in ("RUNNING", "TIMEOUT"):  # preempted: Slurm requeues it; cancelled: nobody shall
+            self.say(f"not requeued from here: Slurm calls the job {state}")
+            return
+        try:
+            clients.ask("scontrol", "requeue", self.job)
+            self.say("requeued; the same job goes on in the same log")
+        except UserError as error:
+            self.say(f"{error}; submit the job again to go on")
+
+
+def _held() -> list[str]:
+    """A command prefix under which stop signals wait until the rank takes them (coreutils 8.31); else none.
+
+    Without it they wait from the first line of rank.py on, and one that comes while Python starts kills the rank.
+    """
+    prefix = ["env", "--block-signal=USR1,TERM,INT"]
+    return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else []
+
+
+def main() -> None:
+    """The job's exit code is `decide`'s; an error of the recipe leaves with its own code before anything starts."""
+    if len(sys.argv) < 2 or "SLURM_JOB_ID" not in os.environ:
+        print("error: this runs inside a Slurm job, as examples/smollm2_1.7b.sh starts it", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+    try:
+        code = Leg.from_environment([*sys.argv[1:], *shlex.split(os.environ.get("OVERRIDES", ""))]).go()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

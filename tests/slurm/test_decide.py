@@ -1,0 +1,76 @@
+"""The restart decision without a cluster: every row of its table, and what counts as progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_smol.slurm.decide import Action, Evidence, decide
+from megatron_smol.slurm.legs import append_row, futile_legs, last_rows
+
+
+@pytest.mark.parametrize(
+    ("seen", "action", "code", "says"),
+    [
+        (Evidence(0, finished=True), Action.DONE, 0, "published"),
+        # Killed in teardown, after the last checkpoint: the run is done all the same.
+        (Evidence(137, finished=True, stop_file="run/stop"), Action.DONE, 0, "published"),
+        (Evidence(75), Action.RESTART, 75, "saved itself on a signal"),
+        # srun that started nothing.
+        (Evidence(0), Action.RESTART, 75, "not finished"),
+        (Evidence(137), Action.RESTART, 75, "SIGKILL"),
+        (Evidence(138), Action.RESTART, 75, "SIGUSR1"),
+        (Evidence(1), Action.RESTART, 75, "code 1"),
+        (Evidence(75, stop_file="run/stop"), Action.STOP, 71, "remove it"),
+        (Evidence(75, cancelled=True), Action.STOP, 71, "cancelled"),
+        (Evidence(2), Action.STOP, 2, "the recipe"),
+        (Evidence(3), Action.STOP, 3, "the data"),
+        # A save that failed: a full disk, or a node that died during it. Tried again, not for ever.
+        (Evidence(4), Action.RESTART, 75, "code 4"),
+        (Evidence(4, futile_legs=3), Action.STOP, 70, "code 4"),
+        (Evidence(5), Action.STOP, 5, "training itself"),
+        # One rank said why; those that waited for it were killed, and srun keeps the larger code.
+        (Evidence(137, rank_codes=(3, 1, 1)), Action.STOP, 3, "the data"),
+        (Evidence(1, rank_codes=(1, 1)), Action.RESTART, 75, "code 1"),
+        (Evidence(137, futile_legs=2), Action.RESTART, 75, "SIGKILL"),
+        (Evidence(137, futile_legs=3, step="step 9 of 'a'"), Action.STOP, 70, "step 9 of 'a' when it was ended"),
+        (Evidence(75, futile_legs=3), Action.STOP, 70, "3 starts in a row"),
+        (Evidence(1, futile_legs=3, allowed_futile_legs=5), Action.RESTART, 75, "code 1"),
+        (Evidence(3, futile_legs=3), Action.STOP, 3, "the data"),
+    ],
+)  # fmt: skip
+def test_table(seen: Evidence, action: Action, code: int, says: str) -> None:
+    decision = decide(seen)
+    assert (decision.action, decision.exit_code) == (action, code)
+    assert says in decision.reason
+
+
+def start(progress: tuple[int, int], chain: str = "7") -> dict[str, object]:
+    return {"event": "start", "chain": chain, "progress": list(progress)}
+
+
+def test_what_counts_as_progress() -> None:
+    rows = [
+        start((0, 0)),
+        start((0, 40)),
+        {"event": "end", "chain": "7"},
+        start((0, 40)),
+        start((0, 40), chain="8"),
+    ]
+    assert futile_legs(rows, "7", (0, 40)) == 2, "another job's starts do not count"
+    assert futile_legs(rows, "7", (0, 60)) == 0, "a new checkpoint was reached"
+    # A damaged checkpoint was put aside and the run went back: the row is broken.
+    assert futile_legs([*rows, start((0, 20))], "7", (0, 20)) == 1
+
+
+def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
+    path = tmp_path / "run/legs.jsonl"
+    assert last_rows(path) == []
+    for number in range(100):
+        append_row(path, {"number": number})
+    with path.open("a") as file:
+        file.write('{"number": 10')
+    assert [row["number"] for row in last_rows(path)] == list(range(100))
+    tail = [row["number"] for row in last_rows(path, tail_bytes=200)]
+    assert tail == list(range(100 - len(tail), 100)) and 1 < len(tail) < 10

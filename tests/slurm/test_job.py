@@ -1,0 +1,116 @@
+"""The shipped batch script under a real Slurm: run, signal, requeue, finish; nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.slurm.conftest import LAST, LONG, User, assert_nothing_lost
+from tests.tiny import TinyRun
+
+pytestmark = pytest.mark.slurm
+
+
+def test_signal_requeue_finish_and_a_leg_too_many(user: User, whole: TinyRun) -> None:
+    """USR1 saves, the job requeues itself and finishes bit-equal; one more job leaves the finished run alone."""
+    job = user.submit(overrides=LONG, PREFLIGHT="1")
+    user.until_line(15)
+    user.cluster.run("scancel", "--signal=USR1", job)
+    user.until_logged(job, "requeued; the same job goes on")
+    assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
+    assert_nothing_lost(user, whole)
+    legs = user.legs()
+    assert [(leg["code"], leg["action"]) for leg in legs] == [(75, "restart"), (0, "done")]
+    assert legs[0]["progress"][1] >= 15, "saved where the signal came, not at an earlier interval"
+    log = user.log(job)
+    assert "restart 0, nodes" in log and "restart 1, nodes" in log, "one log for both legs"
+    assert "preflight: training on node" in log
+    assert (user.run / f"slurm/{job}.done").is_file()
+
+    before = {p: p.stat().st_mtime_ns for p in (user.run / "checkpoints").rglob("*")}
+    again = user.submit(overrides=LONG)
+    assert user.cluster.wait(again, seconds=60)["JobState"] == "COMPLETED"
+    assert (user.run / f"slurm/{again}.done").is_file()
+    assert {p: p.stat().st_mtime_ns for p in (user.run / "checkpoints").rglob("*")} == before
+
+
+def test_what_would_fail_again_is_not_tried_again(user: User) -> None:
+    """A recipe that does not plan, and data that are not there: the exit code says which, nothing is requeued."""
+    wrong = user.submit(overrides="lr.peek=1")
+    job = user.cluster.wait(wrong)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert "lr.peek" in user.log(wrong)
+    gone = user.submit(overrides=f"sources.web.tokens=1M sources.web.path={user.folder}/nowhere")
+    job = user.cluster.wait(gone)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "3:0"), user.log(gone)
+    assert "nowhere" in user.log(gone) and "the data must be mended first" in user.log(gone)
+    assert job["Restarts"] == "0"
+
+
+@pytest.mark.faults
+def test_three_legs_on_two_nodes_of_two_tasks(user: User, whole_on_four: TinyRun) -> None:
+    job = user.submit("--ntasks-per-node=2", overrides=LONG, PREFLIGHT="1")
+    for line in (15, 50):
+        user.until_line(line)
+        user.cluster.run("scancel", "--signal=USR1", job)
+        user.until_logged(job, "requeued; the same job goes on", 1 + (line > 15))
+    assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
+    assert [leg["action"] for leg in user.legs()] == ["restart", "restart", "done"]
+    assert_nothing_lost(user, whole_on_four)
+
+
+@pytest.mark.faults
+def test_time_limit(user: User) -> None:
+    """--signal before a limit of one minute: three legs or more, each goes on from the save of the one before."""
+    job = user.submit(
+        "--time=1", "--signal=USR1@30", overrides="stages.two.until='4000 steps' save.every='1000 steps'"
+    )
+    user.until_logged(job, "restart 2, nodes")
+    legs = user.legs()
+    assert [leg["code"] for leg in legs[:2]] == [75, 75], legs
+    starts = user.legs("start")
+    assert [tuple(leg["progress"]) for leg in legs[:2]] == [tuple(leg["progress"]) for leg in starts[1:3]]
+    assert starts[1]["progress"] < starts[2]["progress"]
+    user.cluster.run("scancel", job)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 4.0, 6.0])
+def test_signal_before_the_first_step_twice(user: User, whole: TinyRun, seconds: float) -> None:
+    """During the imports and while the ranks meet, two signals within a second: no lost run, no endless one."""
+    job = user.submit(overrides=LONG)
+    user.until_logged(job, "preflight: training on")
+    time.sleep(seconds)
+    for _ in range(2):
+        user.cluster.run("scancel", "--signal=USR1", job)
+        time.sleep(0.5)
+    assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
+    assert_nothing_lost(user, whole)
+    assert user.legs()[0]["code"] == 75, user.legs()[0]
+
+
+@pytest.mark.faults
+def test_array_as_a_chain(user: User, whole: TinyRun) -> None:
+    """--array=1-5%1: element 2 finishes the run, elements 3 to 5 leave it alone in seconds."""
+    job = user.submit("--array=1-5%1", overrides=LONG)
+    user.until_line(15)
+    element = user.legs("start")[0][
+        "job"
+    ]  # an id of its own; by the array's, scancel tries the waiting ones too
+    user.cluster.run("scancel", "--signal=USR1", element)
+    user.until(lambda: not user.cluster.run("squeue", "-h", "-j", job), "end of the chain")
+    assert_nothing_lost(user, whole)
+    assert [leg["action"] for leg in user.legs()] == ["restart", "done"]
+    assert len(list((user.run / "slurm").glob("*.done"))) == 4
+
+
+@pytest.mark.faults
+def test_chain_of_jobs(user: User, whole: TinyRun) -> None:
+    """afterany: the second job has nothing left to do and says so at once."""
+    first = user.submit(overrides=LONG)
+    second = user.submit(f"--dependency=afterany:{first}", overrides=LONG)
+    assert user.cluster.wait(first)["JobState"] == "COMPLETED"
+    assert user.cluster.wait(second, seconds=60)["JobState"] == "COMPLETED"
+    assert f"from {LAST}" in user.log(second)
+    assert_nothing_lost(user, whole)

@@ -1,0 +1,72 @@
+"""The shipped batch scripts: one text, and what `smol submit` would write asks Slurm for the same."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.slurm.submit import Shape, code_version, render
+from tests.tiny import environment, smol
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+SIZES = ("1.7b", "360m", "135m")
+
+
+def directives(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_scripts_are_one_text(size: str) -> None:
+    """They differ in the comment at the top, the name and the number of nodes, which fits the recipe's GPUs."""
+    script, first = ((EXAMPLES / f"smollm2_{s}.sh").read_text() for s in (size, "1.7b"))
+
+    def common(text: str) -> list[str]:
+        return [re.sub(r"1\.7b|360m|135m|(?<=nodes=)\d+", "*", line) for line in text.splitlines()[3:]]
+
+    assert common(script)[1:] == common(first)[1:]
+    asked = directives(script)
+    gpus = load_recipe(EXAMPLES / f"smollm2_{size}.yaml").parallel.gpus
+    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == gpus
+    assert subprocess.run(["bash", "-n", EXAMPLES / f"smollm2_{size}.sh"]).returncode == 0
+
+
+def test_submit_asks_for_what_the_script_asks_for() -> None:
+    recipe = load_recipe(EXAMPLES / "smollm2_1.7b.yaml")
+    written, shipped = (
+        directives(render(recipe, Shape(32))),
+        directives((EXAMPLES / "smollm2_1.7b.sh").read_text()),
+    )
+    same = set(shipped) - {"job-name", "output"}
+    assert {key: written[key] for key in same} == {key: shipped[key] for key in same}
+    spare = render(recipe, Shape(32, spares=1, partition="big"))
+    assert directives(spare)["nodes"] == "33" and "no-kill" in directives(spare)
+    assert directives(spare)["partition"] == "big" and "SPARES=1" in spare
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    recipe = EXAMPLES / "smollm2_1.7b.yaml"
+    command = smol("submit", recipe, "--nodes", 4, "--dry-run", f"run_dir={tmp_path}/run")
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert directives(done.stdout)["nodes"] == "4"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    """One sentence; the run folder keeps the script, which may be copied to where Slurm is."""
+    recipe = EXAMPLES / "smollm2_1.7b.yaml"
+    command = smol("submit", recipe, "--nodes", 4, f"run_dir={tmp_path}/run")
+    done = subprocess.run(command, env=environment(PATH=str(tmp_path)), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "'sbatch' is not installed here" in done.stderr
+
+
+def test_code_version() -> None:
+    found = code_version()
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", found["version"])
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", found["commit"])
