@@ -1,4 +1,4 @@
-// megatron_smol._csrc: the numpy face of blend.cpp and order.cpp. Arguments are checked here or there and turn into
+// megatron_smol._csrc: the numpy face of blend.cpp, order.cpp and spell.h. Arguments are checked here or there and turn into
 // ValueError; the work runs without the GIL, so that a prefetching thread does not stop the trainer.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 
 #include "blend.h"
 #include "order.h"
+#include "spell.h"
 
 namespace py = pybind11;
 
@@ -97,7 +98,24 @@ py::tuple lookup_windows(const std::vector<LayoutTuple>& layouts, const Array<st
   return py::make_tuple(std::move(epoch), std::move(window));
 }
 
-py::array_t<std::int64_t> permute(std::uint64_t size, std::uint64_t key, const Array<std::int64_t>& index) {
+py::array_t<std::int64_t> locate_windows(const LayoutTuple& layout, const Array<std::int64_t>& epoch,
+                                         const Array<std::int64_t>& window) {
+  const std::int64_t count = window.size();
+  if (epoch.size() != count) throw std::invalid_argument("locate_windows: epoch and window differ in length");
+  const auto& [pages, windows_per_page, block_pages, key] = layout;
+  const smol::Layout checked{pages, windows_per_page, block_pages, key};
+  py::array_t<std::int64_t> position(count);
+  const std::int64_t *in_epoch = epoch.data(), *in_window = window.data();
+  std::int64_t* out = position.mutable_data();
+  {
+    py::gil_scoped_release nogil;
+    smol::locate_windows(checked, in_epoch, in_window, count, out);
+  }
+  return position;
+}
+
+py::array_t<std::int64_t> permute(std::uint64_t size, std::uint64_t key, const Array<std::int64_t>& index,
+                                  bool inverse) {
   const smol::KeyedPermutation permutation(size, key);
   const std::int64_t count = index.size();
   py::array_t<std::int64_t> out(count);
@@ -108,7 +126,30 @@ py::array_t<std::int64_t> permute(std::uint64_t size, std::uint64_t key, const A
     if (in[i] < 0 || static_cast<std::uint64_t>(in[i]) >= size) {
       throw std::invalid_argument("permute: " + std::to_string(in[i]) + " is not in [0, " + std::to_string(size) + ")");
     }
-    result[i] = static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(in[i])));
+    const auto from = static_cast<std::uint64_t>(in[i]);
+    result[i] = static_cast<std::int64_t>(inverse ? permutation.inverse(from) : permutation(from));
+  }
+  return out;
+}
+
+template <typename Id>
+py::bytes spell(const Array<Id>& ids, const std::string& spelling, const Array<std::int64_t>& starts) {
+  const std::int64_t tokens = starts.size() - 1, count = ids.size();
+  if (tokens < 1 || starts.data()[0] != 0 || starts.data()[tokens] != static_cast<std::int64_t>(spelling.size())) {
+    throw std::invalid_argument("spell: starts do not fit the spelling");
+  }
+  const smol::Vocabulary vocabulary{spelling.data(), starts.data(), tokens};
+  const Id* in = ids.data();
+  std::int64_t total = 0;
+  {
+    py::gil_scoped_release nogil;
+    total = smol::spelled_bytes(vocabulary, in, count);
+  }
+  py::bytes out(static_cast<const char*>(nullptr), static_cast<py::size_t>(total));
+  char* result = PyBytes_AS_STRING(out.ptr());
+  {
+    py::gil_scoped_release nogil;
+    smol::spell(vocabulary, in, count, result);
   }
   return out;
 }
@@ -127,6 +168,12 @@ PYBIND11_MODULE(_csrc, m) {
   m.def("lookup_windows", &lookup_windows, py::arg("layouts"), py::arg("source").noconvert(),
         py::arg("position").noconvert(),
         "(epoch int64[n], window int64[n]); layouts: (pages, windows_per_page, block_pages, key) by source.");
+  m.def("locate_windows", &locate_windows, py::arg("layout"), py::arg("epoch").noconvert(),
+        py::arg("window").noconvert(), "position int64[n]: the inverse of lookup_windows for one source.");
+  m.def("spell", &spell<std::uint16_t>, py::arg("ids").noconvert(), py::arg("spelling"),
+        py::arg("starts").noconvert(), "The bytes of all ids; token t is spelling[starts[t]:starts[t + 1]].");
+  m.def("spell", &spell<std::int32_t>, py::arg("ids").noconvert(), py::arg("spelling"),
+        py::arg("starts").noconvert(), "The same for int32 ids.");
   m.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("index").noconvert(),
-        "The keyed permutation of [0, size) at each index.");
+        py::arg("inverse") = false, "The keyed permutation of [0, size) at each index, or its inverse.");
 }

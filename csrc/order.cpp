@@ -1,6 +1,7 @@
 #include "order.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -44,29 +45,49 @@ void check(const Layout& l) {
 // Neighbouring positions share an epoch and a block, so their round keys are kept between lookups.
 struct Reader {
   explicit Reader(const Layout& layout)
-      : layout(layout), pages(1, 0), windows(1, 0), block_pages(std::min(layout.block_pages, layout.pages)) {}
+      : layout(layout),
+        pages(1, 0),
+        windows(1, 0),
+        block_pages(std::min(layout.block_pages, layout.pages)),
+        per_block(block_pages * layout.windows_per_page) {}
 
-  std::int64_t read(std::int64_t index_in_epoch, std::int64_t at_epoch) {
-    const std::int64_t per_page = layout.windows_per_page;
-    const std::int64_t per_block = block_pages * per_page;
-    const std::int64_t at_block = index_in_epoch / per_block;
-    const std::int64_t first_page = at_block * block_pages;
-    if (at_epoch != epoch) pages = KeyedPermutation(layout.pages, page_key(layout.key, at_epoch));
-    if (at_epoch != epoch || at_block != block) {
-      // The last block of an epoch is shorter when the pages do not divide evenly.
-      const std::int64_t in_block = std::min(block_pages, layout.pages - first_page) * per_page;
-      windows = KeyedPermutation(in_block, window_key(layout.key, at_epoch, at_block));
-    }
-    epoch = at_epoch;
-    block = at_block;
-    const auto spread = static_cast<std::int64_t>(windows(index_in_epoch - at_block * per_block));
-    const auto page = static_cast<std::int64_t>(pages(first_page + spread / per_page));
-    return page * per_page + spread % per_page;
+  std::int64_t read(std::int64_t at_epoch, std::int64_t index_in_epoch) {
+    enter(at_epoch);
+    open(index_in_epoch / per_block);
+    const auto spread = static_cast<std::int64_t>(windows(index_in_epoch - block * per_block));
+    const auto page = static_cast<std::int64_t>(pages(block * block_pages + spread / layout.windows_per_page));
+    return page * layout.windows_per_page + spread % layout.windows_per_page;
+  }
+
+  std::int64_t locate(std::int64_t at_epoch, std::int64_t window) {
+    enter(at_epoch);
+    const auto place = static_cast<std::int64_t>(pages.inverse(window / layout.windows_per_page));
+    open(place / block_pages);
+    const std::int64_t spread =
+        (place - block * block_pages) * layout.windows_per_page + window % layout.windows_per_page;
+    return block * per_block + static_cast<std::int64_t>(windows.inverse(spread));
   }
 
   Layout layout;
+
+ private:
+  void enter(std::int64_t at_epoch) {
+    if (at_epoch == epoch) return;
+    pages = KeyedPermutation(layout.pages, page_key(layout.key, at_epoch));
+    epoch = at_epoch;
+    block = -1;
+  }
+
+  void open(std::int64_t at_block) {
+    if (at_block == block) return;
+    // The last block of an epoch is shorter when the pages do not divide evenly.
+    const std::int64_t in_block = std::min(block_pages, layout.pages - at_block * block_pages);
+    windows = KeyedPermutation(in_block * layout.windows_per_page, window_key(layout.key, epoch, at_block));
+    block = at_block;
+  }
+
   KeyedPermutation pages, windows;
-  std::int64_t block_pages;
+  std::int64_t block_pages, per_block;
   std::int64_t epoch = -1, block = -1;
 };
 
@@ -100,6 +121,18 @@ std::uint64_t KeyedPermutation::operator()(std::uint64_t index) const {
   return index;
 }
 
+std::uint64_t KeyedPermutation::inverse(std::uint64_t image) const {
+  do {
+    std::uint64_t left = image >> right_bits_, right = image & right_mask_;
+    for (int i = rounds_; i > 0; i -= 2) {
+      right ^= mix(left ^ round_keys_[i - 1]) & right_mask_;
+      left ^= mix(right ^ round_keys_[i - 2]) & left_mask_;
+    }
+    image = left << right_bits_ | right;
+  } while (image >= size_);
+  return image;
+}
+
 void lookup_windows(const std::vector<Layout>& layouts, const std::uint16_t* source, const std::int64_t* position,
                     std::int64_t count, std::int64_t* epoch, std::int64_t* window) {
   std::vector<Reader> readers;
@@ -117,7 +150,22 @@ void lookup_windows(const std::vector<Layout>& layouts, const std::uint16_t* sou
     Reader& reader = readers[source[i]];
     const std::int64_t per_epoch = reader.layout.pages * reader.layout.windows_per_page;
     epoch[i] = position[i] / per_epoch;
-    window[i] = reader.read(position[i] % per_epoch, epoch[i]);
+    window[i] = reader.read(epoch[i], position[i] % per_epoch);
+  }
+}
+
+void locate_windows(const Layout& layout, const std::int64_t* epoch, const std::int64_t* window, std::int64_t count,
+                    std::int64_t* position) {
+  check(layout);
+  Reader reader(layout);
+  const std::int64_t per_epoch = layout.pages * layout.windows_per_page;
+  const std::int64_t epochs = std::numeric_limits<std::int64_t>::max() / per_epoch;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (window[i] < 0 || window[i] >= per_epoch || epoch[i] < 0 || epoch[i] >= epochs) {
+      throw std::invalid_argument("window " + std::to_string(window[i]) + " of epoch " + std::to_string(epoch[i]) +
+                                  " does not exist: an epoch has " + std::to_string(per_epoch) + " windows");
+    }
+    position[i] = epoch[i] * per_epoch + reader.locate(epoch[i], window[i]);
   }
 }
 

@@ -11,6 +11,7 @@ class KeyedPermutation {
  public:
   KeyedPermutation(std::uint64_t size, std::uint64_t key);
   std::uint64_t operator()(std::uint64_t index) const;
+  std::uint64_t inverse(std::uint64_t image) const;
 
  private:
   static constexpr int kMaxRounds = 24;
@@ -31,5 +32,9 @@ struct Layout {
 // For each i: the epoch and the window that position[i] of source[i] is. Throws std::invalid_argument.
 void lookup_windows(const std::vector<Layout>& layouts, const std::uint16_t* source, const std::int64_t* position,
                     std::int64_t count, std::int64_t* epoch, std::int64_t* window);
+
+// The inverse: for each i, the position at which window[i] of epoch[i] is read. Throws std::invalid_argument.
+void locate_windows(const Layout& layout, const std::int64_t* epoch, const std::int64_t* window, std::int64_t count,
+                    std::int64_t* position);
 
 }  // namespace smol

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,11 +33,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = top.add_argument
     add("--to", choices=["hf", "megatron"], required=True, help="what to write")
-    add("--load-dir", required=True, help="checkpoint folder, or Hugging Face folder or hub name")
+    add("--load-dir", required=True, help="checkpoint folder; or Hugging Face folder, hub name or .gguf file")
     add("--save-dir", type=Path, required=True, help="folder to write")
     add("--tokenizer-model", help="hub name or folder with tokenizer.json (default: the model's own)")
     add("--target-params-dtype", choices=["fp32", "bf16"], help="with --to hf (default: as trained)")
+    add("--max-shard-size", help="with --to hf: largest safetensors file (default: 50GB)")
+    add(
+        "--rotary-interleaved", action="store_true", help="the checkpoint's rotary rows are interleaved pairs"
+    )
     add("--text", type=Path, help="text to compare on (default: a page that comes along)")
+    add("--report", type=Path, help="JSON of what was compared; a .txt is written beside it")
     add("--overwrite", action="store_true", help="replace --save-dir if it holds a model")
     return top
 
@@ -46,28 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_libraries()
     from megatron_smol.checkpoint.convert import from_hf, to_hf
 
+    common: dict[str, Any] = {
+        "tokenizer": args.tokenizer_model,
+        "rope_interleaved": args.rotary_interleaved,
+        "text": args.text,
+        "report": args.report,
+        "overwrite": args.overwrite,
+    }
     try:
         if args.to == "hf":
-            to_hf(
-                Path(args.load_dir),
-                args.save_dir,
-                tokenizer=args.tokenizer_model,
-                dtype=args.target_params_dtype,
-                text=args.text,
-                overwrite=args.overwrite,
-            )
-        elif args.target_params_dtype:
-            raise UserError(
-                "--target-params-dtype goes with --to hf; an import keeps the weights as they are"
-            )
+            size = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
+            to_hf(Path(args.load_dir), args.save_dir, dtype=args.target_params_dtype, **size, **common)
+        elif args.target_params_dtype or args.max_shard_size:
+            option = "--target-params-dtype" if args.target_params_dtype else "--max-shard-size"
+            raise UserError(f"{option} goes with --to hf; an import keeps the weights as they are")
         else:
-            from_hf(
-                args.load_dir,
-                args.save_dir,
-                tokenizer=args.tokenizer_model,
-                text=args.text,
-                overwrite=args.overwrite,
-            )
+            from_hf(args.load_dir, args.save_dir, **common)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_smol.data.array_job import share_of
 from megatron_smol.data.tokenize import preprocess
 from megatron_smol.errors import UserError
 
@@ -30,6 +31,10 @@ examples:
     python tools/preprocess_data.py --input 'web/*.jsonl.gz' --json-keys content --output-prefix data/web \\
         --append-eod --workers 8 --tokenizer-model tokenizers/smollm2
 
+  one of 64 tasks of a Slurm array job over the same output (the one that ends last writes the files):
+    python tools/preprocess_data.py --input 'web/*.jsonl.gz' --output-prefix data/web --append-eod --workers 8 \\
+        --tokenizer-model tokenizers/smollm2 --rank slurm --world-size 64
+
 A command that was interrupted continues where it stopped when it is given again.
 Unlike Megatron's: documents without text are left out, `<|im_start|>` in the text stays text, and existing
 files are replaced only with --overwrite."""
@@ -42,9 +47,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = top.add_argument_group("input data").add_argument
-    add("--input", nargs="+", required=True, help="files, folders or globs: .jsonl(.gz|.zst), .txt, .parquet")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders, globs or URLs (s3://, ...): .jsonl(.gz|.zst), .txt, .parquet",
+    )
     add("--json-keys", nargs="+", default=["text"], help="each makes its own <prefix>_<key>_document pair")
     add("--skip-bad", action="store_true", help="skip and count unreadable lines; else the first one stops")
+
+    add("--min-doc-tokens", type=int, help="leave out shorter documents (tokens of the text, without EOD)")
+    add("--max-doc-tokens", type=int, help="leave out longer documents")
 
     add = top.add_argument_group("sentences (BERT-style data)").add_argument
     add("--split-sentences", action="store_true", help="one sequence a sentence, split by nltk")
@@ -66,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument_group("output").add_argument
     add("--output-prefix", required=True, help="path without the ending")
     add("--overwrite", action="store_true", help="replace existing output")
+    add("--no-provenance", action="store_true", help="no .docs.npy (input and row of each document)")
 
     add = top.add_argument_group("runtime").add_argument
     add(
@@ -73,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="processes, one core each (default: all cores); does not change the output",
     )
+    add("--rank", help="this task of an array job, from 0; 'slurm': SLURM_ARRAY_TASK_ID")
+    add("--world-size", help="tasks of the array job; 'slurm': SLURM_ARRAY_TASK_COUNT")
     add("--log-interval", type=int, default=10_000, help="documents a log line, where there is no terminal")
 
     add = top.add_argument_group("accepted for Megatron's command lines, not needed here").add_argument
@@ -102,7 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
                 json_key=key,
                 source=Path(args.output_prefix).name,
                 append_eod=args.append_eod,
+                min_doc_tokens=args.min_doc_tokens,
+                max_doc_tokens=args.max_doc_tokens,
+                provenance=not args.no_provenance,
                 workers=args.workers,
+                share=share_of(args.rank, args.world_size),
                 seed=None,
                 backend=args.backend,
                 split_sentences=args.split_sentences,

@@ -95,6 +95,12 @@ class Blend:
         """
         return _csrc.blend_lookup(self._source, self._ordinal, self.numerators, start, stop)
 
+    def samples_of(self, name: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples that are the ordinals[i]-th of a source: the inverse of `lookup`."""
+        index = self.names.index(name)
+        turn, ordinal = np.divmod(ordinals, self.numerators[index])
+        return turn * self.period + np.flatnonzero(self._source == index)[ordinal]
+
     def counts(self, samples: int) -> dict[str, int]:
         """How many of the stage's first `samples` samples each source gives."""
         if samples < 0:

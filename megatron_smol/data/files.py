@@ -86,9 +86,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """A whole file, a few MB at a time; every block but the last is full."""
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
-            digest.update(block)
+            yield block
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in read_blocks(path):
+        digest.update(block)
     return digest.hexdigest()

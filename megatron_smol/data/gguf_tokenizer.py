@@ -10,9 +10,10 @@ about one document in six. So the splitter is set here, in one place, and checke
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -23,16 +24,26 @@ EXPECTED_IDS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 VOCABULARY_SIZE = 49_152
 CONTEXT_LENGTH = 8_192
 GGUF_CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
+# Of the base models: `<|endoftext|>` begins and ends a text.
+BASE_ROLES = {
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|im_end|>",
+}
+# What the header calls them. An instruct model's turns begin with bos and end with eos.
+_STORED_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """A GGUF file's byte-level BPE: tokens by id, merges by rank, special tokens, chat template."""
+    """A GGUF file's byte-level BPE: tokens by id, merges by rank, special tokens, chat template, stored roles."""
 
     tokens: list[str]
     merges: list[tuple[str, str]]
     special_tokens: list[str]
     chat_template: str
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 def smollm2_splitter() -> pre_tokenizers.PreTokenizer:
@@ -54,7 +65,10 @@ def read_vocabulary(gguf_path: Path) -> GgufVocabulary:
             "reading a GGUF file needs the package gguf: pip install 'megatron-smol[demo]'"
         ) from error
 
-    fields = GGUFReader(gguf_path).fields
+    try:
+        fields = GGUFReader(gguf_path).fields
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{gguf_path} cannot be read as a GGUF file ({error}); fetch it again") from error
     needed = ["tokens", "merges", "token_type", "model"]
     missing = [name for name in needed if f"tokenizer.ggml.{name}" not in fields]
     if missing:
@@ -72,6 +86,11 @@ def read_vocabulary(gguf_path: Path) -> GgufVocabulary:
         merges=[_split_merge(merge) for merge in fields["tokenizer.ggml.merges"].contents()],
         special_tokens=[t for t, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL_TOKEN],
         chat_template=template.contents() if template else "",
+        roles={
+            role: tokens[fields[f"tokenizer.ggml.{name}_token_id"].contents()]
+            for role, name in _STORED_ROLES.items()
+            if f"tokenizer.ggml.{name}_token_id" in fields
+        },
     )
 
 
@@ -83,7 +102,12 @@ def _split_merge(merge: str) -> tuple[str, str]:
 def build_tokenizer(vocabulary: GgufVocabulary) -> Tokenizer:
     """A `tokenizers.Tokenizer` with the vocabulary's ids, SmolLM2's splitter and no post-processor."""
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=vocabulary.merges))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=vocabulary.merges))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"the tokenizer's merges do not fit its vocabulary ({error}); fetch the file again"
+        ) from error
     tokenizer.pre_tokenizer = smollm2_splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -103,16 +127,12 @@ def check_smollm2(tokenizer: Tokenizer) -> None:
         raise DataError(f"the tokenizer splits 1234 into {pieces}; SmolLM2's gives every digit its own token")
 
 
-def save_folder(tokenizer: Tokenizer, vocabulary: GgufVocabulary, folder: Path) -> None:
-    """Write a Hugging Face tokenizer folder for the base model: `<|endoftext|>` begins and ends a text."""
+def save_folder(
+    tokenizer: Tokenizer, vocabulary: GgufVocabulary, folder: Path, roles: Mapping[str, str] = BASE_ROLES
+) -> None:
+    """Write a Hugging Face tokenizer folder whose special tokens have these roles."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    roles: dict[str, Any] = {
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|im_end|>",
-    }
     config = {
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -123,7 +143,7 @@ def save_folder(tokenizer: Tokenizer, vocabulary: GgufVocabulary, folder: Path) 
         **roles,
     }
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", roles)
+    _write_json(folder / "special_tokens_map.json", dict(roles))
     if vocabulary.chat_template:
         (folder / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
 
@@ -132,10 +152,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tokenizer_from_gguf(gguf_path: Path, folder: Path) -> Tokenizer:
-    """Rebuild SmolLM2's tokenizer from `gguf_path`, check it, write it to `folder` and return it."""
+def tokenizer_from_gguf(
+    gguf_path: Path, folder: Path, roles: Literal["base", "stored"] = "base"
+) -> Tokenizer:
+    """Rebuild SmolLM2's tokenizer from `gguf_path`, check it, write it to `folder` and return it.
+
+    roles: those of the base models (for pretraining), or the file's own (to go with the file's weights).
+    """
     vocabulary = read_vocabulary(gguf_path)
     tokenizer = build_tokenizer(vocabulary)
     check_smollm2(tokenizer)
-    save_folder(tokenizer, vocabulary, folder)
+    save_folder(tokenizer, vocabulary, folder, BASE_ROLES if roles == "base" else vocabulary.roles)
     return tokenizer

@@ -105,6 +105,23 @@ def read_header(path: Path) -> IndexHeader:
     return header
 
 
+def document_lengths(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of each document of an .idx file, its sequences together. Needs no .bin."""
+    header = read_header(path)
+    with path.open("rb") as stream:
+        stream.seek(_HEADER.size)
+        lengths = np.fromfile(stream, np.int32, header.sequences)
+        stream.seek(8 * header.sequences, os.SEEK_CUR)
+        bounds = np.fromfile(stream, np.int64, header.bounds)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if not 0 <= bounds.min() <= bounds.max() <= header.sequences:
+        raise DataError(
+            f"{path} is damaged: its documents reach beyond its {header.sequences:,} sequences; run the "
+            f"preprocessing again"
+        )
+    return np.diff(ends[bounds])
+
+
 @dataclass(frozen=True)
 class ShardSummary:
     """What IndexedWriter.finalize wrote."""
@@ -156,7 +173,11 @@ class IndexedWriter:
     def add_documents(self, ids: TokenArray, lengths: TokenArray, sequences: TokenArray) -> None:
         """Append many documents at once: all their ids, the length of each sequence, sequences per document."""
         assert int(lengths.sum()) == ids.size, "sequence lengths do not add up to the number of ids"
-        assert int(sequences.sum()) == lengths.size, "documents do not add up to the number of sequences"
+        self.add_tokens(ids)
+        self.end_documents(lengths, sequences)
+
+    def add_tokens(self, ids: TokenArray) -> None:
+        """Append ids of documents that a later end_documents() describes: for those too long to hold."""
         if ids.size and ids.dtype != self.dtype:
             limits = np.iinfo(self.dtype)
             low, high = int(ids.min()), int(ids.max())
@@ -164,17 +185,21 @@ class IndexedWriter:
                 raise DataError(
                     f"token ids {low} to {high} do not fit {self.dtype} in {bin_path(self.prefix)}"
                 )
-        if lengths.size and int(lengths.max()) > _MAX_SEQUENCE:
-            raise DataError(
-                f"a document of {int(lengths.max()):,} tokens cannot be written to "
-                f"{bin_path(self.prefix)}: the format allows {_MAX_SEQUENCE:,}; split it"
-            )
         assert self._stream is not None, "the writer is closed"
         data = np.ascontiguousarray(ids, dtype=self.dtype).data.cast("B") if ids.size else b""
         with self._explained(bin_path(self.prefix), self.bin_bytes + len(data)):
             self._stream.write(data)
         self._digest.update(data)
         self._tokens += ids.size
+
+    def end_documents(self, lengths: TokenArray, sequences: TokenArray) -> None:
+        """Describe the ids added since the last call, as in add_documents()."""
+        assert int(sequences.sum()) == lengths.size, "documents do not add up to the number of sequences"
+        if lengths.size and int(lengths.max()) > _MAX_SEQUENCE:
+            raise DataError(
+                f"a document of {int(lengths.max()):,} tokens cannot be written to "
+                f"{bin_path(self.prefix)}: the format allows {_MAX_SEQUENCE:,}; split it"
+            )
         bounds = len(self._lengths) + np.cumsum(sequences, dtype=np.int64)
         self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).tobytes())
         self._bounds.frombytes(bounds.tobytes())
@@ -184,6 +209,7 @@ class IndexedWriter:
         assert self._stream is not None, "the writer is closed"
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         bounds = np.frombuffer(self._bounds, dtype=np.int64)
+        assert int(lengths.sum(dtype=np.int64)) == self._tokens, "tokens were added and not described"
         header = IndexHeader(self.dtype, lengths.size, bounds.size)
         offsets = np.zeros(lengths.size, dtype=np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_smol.data.blend import Blend
 from megatron_smol.data.order import SourceOrder
-from megatron_smol.data.stream import Rows, StageLike
+from megatron_smol.data.stream import Rows, StageLike, Use, open_stream
 from megatron_smol.errors import CheckpointError, UserError
 
 VERSION = 1
@@ -46,7 +45,7 @@ class StageUse:
     """What one stage read: for each source, the samples taken from each of its epochs."""
 
     seq_length: int
-    samples_by_epoch: dict[str, dict[int, int]] = field(default_factory=dict)
+    samples_by_epoch: Use = field(default_factory=dict)
 
     def samples(self) -> dict[str, int]:
         return {name: sum(by_epoch.values()) for name, by_epoch in self.samples_by_epoch.items()}
@@ -187,18 +186,8 @@ def planned_ledger(plan: PlanLike, stage_name: str, samples: int) -> Ledger:
             samples = (stage.start_step - parent.start_step) * parent.global_batch
         stage = parent
     for stage, read in reversed(path):
-        use = StageUse(stage.seq_length)
-        for source, count in Blend(stage.weights).counts(read).items():
-            per_epoch = plan.orders[source].windows_per_epoch(stage.seq_length)
-            position = stage.cursors[source].position
-            end = position + count
-            while position < end:
-                epoch = position // per_epoch
-                step = min(end, (epoch + 1) * per_epoch) - position
-                use.add(source, epoch, step)
-                position += step
-        if use.samples_by_epoch:
-            ledger.stages[stage.name] = use
+        if use := open_stream(stage, plan.orders).use(read):
+            ledger.stages[stage.name] = StageUse(stage.seq_length, use)
     return ledger
 
 

@@ -6,19 +6,25 @@ can go on with more or fewer data-parallel ranks and still read the same documen
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from megatron_smol.data.batch import MicroBatch
+from megatron_smol.data.indexed import TokenArray
 from megatron_smol.data.order import SourceOrder
+from megatron_smol.data.packing import check_packed, ignored_labels
 from megatron_smol.data.source import TokenSource
 from megatron_smol.data.stream import Rows, StageStream
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.plan import StagePlan
+
+# Batches that lie ready. One hides the time of reading; a second one evens out a slow disk or network.
+READ_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -30,26 +36,6 @@ class Share:
 
 
 @dataclass
-class MicroBatch:
-    """tokens, labels: [b, s] int64; mask: [b, 1, s, s] bool, True where attention may look, or None: causal."""
-
-    tokens: Tensor
-    labels: Tensor
-    mask: Tensor | None = None
-
-    @classmethod
-    def of(cls, windows: np.ndarray, device: torch.device, mask_eod: int | None = None) -> MicroBatch:
-        """windows: [b, s + 1] ids. With `mask_eod`, attention stops at documents, which end with that id."""
-        ids = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
-        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if mask_eod is None:
-            return cls(tokens, labels)
-        from megatron_smol.model.attention import document_mask
-
-        return cls(tokens, labels, document_mask(tokens, mask_eod))
-
-
-@dataclass
 class GlobalBatch:
     """This rank's micro-batches of a step, and the rows of the whole global batch for the ledger."""
 
@@ -58,7 +44,7 @@ class GlobalBatch:
 
 
 class StageLoader:
-    """Batches of one stage, read ahead by one in a background thread."""
+    """Batches of one stage, read ahead in a background thread."""
 
     def __init__(
         self,
@@ -67,39 +53,73 @@ class StageLoader:
         sources: Mapping[str, TokenSource],
         share: Share,
         device: torch.device,
+        read_ahead: int = READ_AHEAD,
     ) -> None:
         check_divisible(stage, share.size)
-        self.stage, self.share, self.device = stage, share, device
+        check_packed(stage, sources)
+        self.stage, self.share, self.device, self.read_ahead = stage, share, device, read_ahead
         self._stream = StageStream(stage, orders)
         self._sources = [sources[name] for name in self._stream.names]
+        self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self._mask_eod = _eod(sources, self._stream.names, stage) if stage.document_mask else None
 
     def batches(self, first_step: int) -> Iterator[GlobalBatch]:
         """The batches of lineage steps first_step, first_step + 1, ... to the end of the stage."""
-        with ThreadPoolExecutor(1, "read-ahead") as reader:
-            pending = reader.submit(self.batch, first_step)
-            for following in range(first_step + 1, self.stage.end_step + 1):
-                batch = pending.result()
-                if following < self.stage.end_step:
-                    pending = reader.submit(self.batch, following)
-                yield batch
+        reader = ThreadPoolExecutor(1, "read-ahead")
+        pending: deque[Future[GlobalBatch]] = deque()
+        try:
+            for step in range(first_step, self.stage.end_step):
+                pending.append(reader.submit(self.batch, step))
+                if len(pending) > self.read_ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            reader.shutdown(cancel_futures=True)
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch that is read when `step` lineage steps are complete."""
         first = (step - self.stage.start_step) * self.stage.global_batch
         rows = self._stream.rows(first, first + self.stage.global_batch)
-        return GlobalBatch([self._micro_batch(rows, mine) for mine in self._my_rows()], rows)
+        mine = self._my_rows()
+        windows, ignored = self._read(rows, mine)
+        micro_batches = [
+            MicroBatch.of(
+                windows[i : i + self.stage.micro_batch],
+                self.device,
+                self._mask_eod,
+                None if ignored is None else ignored[i : i + self.stage.micro_batch],
+            )
+            for i in range(0, len(mine), self.stage.micro_batch)
+        ]
+        return GlobalBatch(micro_batches, rows)
 
-    def _my_rows(self) -> Iterator[range]:
-        """Row numbers of each of this rank's micro-batches: ranks take turns of micro_batch rows."""
+    def _my_rows(self) -> list[int]:
+        """Row numbers of this rank's micro-batches, one after another: ranks take turns of micro_batch rows."""
         size, turn = self.stage.micro_batch, self.stage.micro_batch * self.share.size
-        for start in range(self.share.rank * size, self.stage.global_batch, turn):
-            yield range(start, start + size)
+        starts = range(self.share.rank * size, self.stage.global_batch, turn)
+        return [row for start in starts for row in range(start, start + size)]
 
-    def _micro_batch(self, rows: Rows, mine: range) -> MicroBatch:
+    def _read(self, rows: Rows, mine: list[int]) -> tuple[TokenArray, np.ndarray | None]:
+        """Windows [rows, s + 1] and which labels [rows, s] carry no loss (None: no source here has any)."""
         length = self.stage.seq_length
-        windows = [self._sources[rows.source[i]].read(int(rows.window[i]) * length, length + 1) for i in mine]
-        return MicroBatch.of(np.stack(windows), self.device, self._mask_eod)
+        windows = np.empty((len(mine), length + 1), self._dtype)
+        ignored = None
+        if any(source.packed_length for source in self._sources):
+            ignored = np.zeros((len(mine), length), bool)
+        chosen, starts = rows.source[mine], rows.window[mine] * length
+        for index, source in enumerate(self._sources):
+            places = np.flatnonzero(chosen == index)
+            if not places.size:
+                continue
+            into = windows if source.dtype == self._dtype else windows.astype(source.dtype)
+            source.read_windows(starts[places].tolist(), [into[place] for place in places])
+            if into is not windows:
+                windows[places] = into[places]
+            if source.packed_length and ignored is not None:
+                assert source.eod_id is not None
+                ignored[places] = ignored_labels(windows[places], source.eod_id)
+        return windows, ignored
 
 
 def held_out(
@@ -112,12 +132,17 @@ def held_out(
     mask_eod: int | None = None,
 ) -> list[MicroBatch]:
     """This rank's share of the first `windows` windows in the held-out end of a source, one window a batch."""
-    start = source.tokens - holdout_tokens
-    count = min(windows, (holdout_tokens - 1) // seq_length)
-    return [
-        MicroBatch.of(source.read(start + i * seq_length, seq_length + 1)[None], device, mask_eod)
-        for i in range(share.rank, count, share.size)
-    ]
+    start, packed = source.tokens - holdout_tokens, source.packed_length
+    if packed:
+        start += -start % packed  # where documents are whole
+    count = min(windows, (source.tokens - start - 1) // seq_length)
+    batches = []
+    for i in range(share.rank, count, share.size):
+        window = source.read(start + i * seq_length, seq_length + 1)[None]
+        assert not packed or source.eod_id is not None
+        ignored = ignored_labels(window, source.eod_id) if packed and source.eod_id is not None else None
+        batches.append(MicroBatch.of(window, device, mask_eod, ignored))
+    return batches
 
 
 def check_divisible(stage: StagePlan, data_parallel: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -45,12 +46,14 @@ class ShardRecord(_Record):
     idx_bytes: int
     bin_sha256: str
     idx_sha256: str
+    docs_sha256: str | None = None  # of <prefix>.docs.npy (data/origins.py), when it was asked for
 
 
 class InputRecord(_Record):
     path: str
     bytes: int
-    sha256: str
+    sha256: str  # empty for a URL whose store has a version of its own
+    etag: str | None = None  # that version
 
 
 class Manifest(_Record):
@@ -71,6 +74,12 @@ class Manifest(_Record):
     shards: tuple[ShardRecord, ...]
     inputs: tuple[InputRecord, ...]
     versions: dict[str, str]
+    min_doc_tokens: int | None = None  # filters, on tokens without the end of document
+    max_doc_tokens: int | None = None
+    short_documents: int = 0  # left out by the filters
+    long_documents: int = 0
+    filtered_tokens: int = 0
+    packed: dict[str, int] | None = None  # data/packing.py: length, padding_tokens, ...; null: end to end
 
     def write(self, path: Path) -> None:
         write_whole(path, self.model_dump_json(indent=2) + "\n")
@@ -106,7 +115,13 @@ def locate(path: str | Path) -> tuple[Path, Manifest | None]:
 
 
 def tokens_on_disk(path: str | Path) -> int | None:
-    """Tokens of a source, or None when nothing is there yet. Reads one small file."""
+    """Tokens of a source, or None when nothing is there yet, or not within reach. Reads one small file."""
+    if "://" in str(path):
+        from megatron_smol.data.stores import open_remote  # which needs this module
+
+        with suppress(DataError):
+            return open_remote(str(path))[1].tokens
+        return None
     found = _find(Path(path))
     if found is None:
         return None

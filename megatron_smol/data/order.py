@@ -87,8 +87,8 @@ class SourceOrder:
         return self.pages * self.windows_per_page(seq_length)
 
     def start(self) -> Cursor:
-        """A cursor that has read nothing; `enter` takes it to any length for free."""
-        return Cursor(self.page_length, 0)
+        """A cursor that has read nothing."""
+        return self.start_of_epoch(0)
 
     def enter(self, cursor: Cursor, seq_length: int) -> tuple[Cursor, int]:
         """(cursor at `seq_length`, tokens skipped): a change of length goes on at the next block boundary."""
@@ -106,6 +106,10 @@ class SourceOrder:
         skipped_windows = pages * per_page_before - done
         position = (epoch * self.pages + pages) * per_page
         return Cursor(seq_length, position), skipped_windows * cursor.seq_length
+
+    def start_of_epoch(self, epoch: int) -> Cursor:
+        """A cursor at the start of an epoch, which `enter` takes to any length for free."""
+        return Cursor(self.page_length, epoch * self.pages)
 
     def advance(self, cursor: Cursor, windows: int) -> Cursor:
         if windows < 0:
@@ -127,4 +131,14 @@ class SourceOrder:
         positions = np.ascontiguousarray(positions, dtype=np.int64)
         return _csrc.lookup_windows(
             [self.layout(seq_length)], np.zeros(len(positions), dtype=np.uint16), positions
+        )
+
+    def locate(
+        self, seq_length: int, epochs: NDArray[np.int64], windows: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The position at which each window of an epoch is read: the inverse of `lookup`."""
+        return _csrc.locate_windows(
+            self.layout(seq_length),
+            np.ascontiguousarray(epochs, dtype=np.int64),
+            np.ascontiguousarray(windows, dtype=np.int64),
         )

@@ -1,93 +1,46 @@
 """Text to token shards: `smol preprocess` and tools/preprocess_data.py call `preprocess`.
 
 Three passes over small tasks, shared among worker processes: hash the inputs; tokenize their blocks
-(data/corpus.py) into sorted pieces under a work folder; assemble the pieces into shards, in a global order
-that a recorded seed decides (data/shuffle.py), or in the order of the input. The manifest comes last and the
-work folder goes. Output depends on inputs and settings only, not on the workers, nor on kills and restarts in
-between. While it runs, the disk holds the tokens twice.
+(data/corpus.py) into sorted parts under a work folder (data/place.py); assemble the parts into shards, in a
+global order that a recorded seed decides (data/shuffle.py), or in the order of the input. The manifest comes
+last and the work folder goes. The tasks of an array job do a share of the first two passes each; the one that
+ends last does the third. Output depends on inputs and settings only, not on workers or tasks, nor on kills and
+restarts in between. While it runs, the disk holds the tokens twice.
 """
 
 from __future__ import annotations
 
-import fcntl
-import importlib.metadata
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_smol import __version__
-from megatron_smol.data.corpus import BLOCK_BYTES, expand_inputs, iter_blocks, read_documents
-from megatron_smol.data.encode import (
-    AssembleShard,
-    HashInput,
-    Record,
-    Settings,
-    TokenizeBlock,
-    record_path,
-)
-from megatron_smol.data.files import PARTIAL, check_room, write_whole
-from megatron_smol.data.manifest import (
-    FOLDER_MANIFEST,
-    PREFIX_MANIFEST,
-    Manifest,
-    ShardRecord,
-    read_manifest,
-)
+from megatron_smol.data import corpus
+from megatron_smol.data.assembly import Assembly, describe
+from megatron_smol.data.corpus import Block, Unit, cut_units, numbered
+from megatron_smol.data.encode import HashInput, Record, Settings, TokenizeBlock
+from megatron_smol.data.files import write_whole
+from megatron_smol.data.inputs import InputFile, expand_inputs
+from megatron_smol.data.manifest import Manifest, read_manifest
+from megatron_smol.data.place import PLAN, Place, Share
 from megatron_smol.data.progress import Progress
-from megatron_smol.data.shuffle import ALL_KEYS, RUN_TOKENS
+from megatron_smol.data.reading import head_of
 from megatron_smol.data.source import load_source
 from megatron_smol.data.tokenizer import Tokenizer, choose_backend, load_tokenizer
 from megatron_smol.data.workers import Workers, one_thread_each
 from megatron_smol.errors import DataError, UserError
 
 SHARD_TOKENS = 256 << 20  # 512 MB of uint16
-_PLAN, _LOCK = "plan.json", "lock"
-_SAMPLED_FILES, _SAMPLED_TEXTS, _SAMPLED_CHARACTERS = 16, 32, 8192
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the output lies: a folder of shards, or one Megatron prefix."""
-
-    folder: Path
-    prefix: str | None
-
-    @classmethod
-    def of_prefix(cls, path: str | Path) -> Layout:
-        return cls(Path(path).parent, Path(path).name)
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / (self.prefix + PREFIX_MANIFEST if self.prefix else FOLDER_MANIFEST)
-
-    @property
-    def work(self) -> Path:
-        return self.folder / f".{self.prefix or 'source'}.preprocess"
-
-    @property
-    def name(self) -> str:
-        return self.prefix or self.folder.resolve().name
-
-    @property
-    def path(self) -> Path:
-        return self.folder / self.prefix if self.prefix else self.folder
-
-    def shard(self, number: int) -> str:
-        return self.prefix or f"shard-{number:05d}"
-
-    def shard_files(self) -> list[Path]:
-        stem = self.prefix or "shard-*"
-        return [file for end in (".bin", ".idx") for file in self.folder.glob(stem + end)]
+_SAMPLED_FILES, _SAMPLED_TEXTS, _SAMPLED_CHARACTERS = 16, 16, 1024
+_SAMPLED_BYTES = 1 << 20  # read from each sampled file
 
 
 def preprocess(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | InputFile],
     output: str | Path,
     tokenizer: str | Path | Tokenizer,
     *,
@@ -96,32 +49,35 @@ def preprocess(
     source: str | None = None,
     append_eod: bool = True,
     workers: int | None = None,
+    share: Share | None = None,
     seed: int | None = 0,
     backend: Literal["auto", "hf"] = "auto",
     split_sentences: bool = False,
     keep_newlines: bool = False,
     language: str = "english",
+    min_doc_tokens: int | None = None,
+    max_doc_tokens: int | None = None,
+    provenance: bool = True,
     skip_bad: bool = False,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     log_interval: int = 10_000,
-) -> Manifest:
+) -> Manifest | None:
     """Tokenize text into a source that recipes and megatron-core read; returns its manifest.
 
     `output` is a folder of shards, or (layout "prefix") the path of one .bin/.idx pair without the ending.
     `seed` decides the order of the documents; None keeps the order of the input. The same call again
     continues what a kill interrupted, and returns at once when all is done; other settings at the same place
-    need `overwrite`.
+    need `overwrite`. With a `share` it does that part of the work, and returns None unless it was the last.
     """
     one_thread_each()
+    share = share or Share()
     files = expand_inputs(inputs)
-    place = Layout(Path(output), None) if layout == "folder" else Layout.of_prefix(output)
+    place = Place(Path(output), None) if layout == "folder" else Place.of_prefix(output)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     if backend == "auto":
         tokenizer = choose_backend(tokenizer, _sample(files, json_key))
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"--seed must be between 0 and 2^64 - 1, found {seed}")
     settings = Settings(
         tokenizer=tokenizer,
         json_key=json_key,
@@ -130,225 +86,209 @@ def preprocess(
         sentences=language if split_sentences else None,
         keep_newlines=keep_newlines,
         skip_bad=skip_bad,
+        min_doc_tokens=min_doc_tokens,
+        max_doc_tokens=max_doc_tokens,
+        provenance=provenance,
         work=place.work,
         output=place.folder,
     )
-    _ = settings.splitter  # a missing sentence model stops here, not in a worker
-    progress = Progress(sum(file.stat().st_size for file in files), log_interval)
-    with _locked(place.work), Workers(_worker_count(workers, files), settings) as pool:
-        hashes = {record["path"]: record for record in pool.run(map(HashInput, files))}
-        wanted = _description(settings, source or place.name, [hashes[str(file)] for file in files])
-        finished = _finished(place, wanted, overwrite, progress)
-        if finished is None:
-            finished = _build(pool, files, place, settings, wanted, shard_tokens, progress)
-        shutil.rmtree(place.work)
-    return finished
+    _check(settings)
+    source = source or place.name
+    plan = _plan(settings, source, files, shard_tokens)
+    digest = hashlib.sha256(plan.encode()).hexdigest()[:16]
+    settings = dataclasses.replace(settings, work=place.work / digest)
+    job = _Job(files, place, settings, source, share, shard_tokens, overwrite)
+    with place.claimed(share):
+        job.refuse_foreign_shards()
+        with Workers(_worker_count(workers, files, share), settings) as pool:
+            return job.run(pool, plan, log_interval)
 
 
-def _build(
-    pool: Workers,
-    files: Sequence[Path],
-    place: Layout,
-    settings: Settings,
-    wanted: Record,
-    shard_tokens: int,
-    progress: Progress,
-) -> Manifest:
-    """Everything between the hashes of the inputs and a finished manifest; continues what is in the work
-    folder."""
-    _prepare_work(place, {**wanted, "block_bytes": BLOCK_BYTES, "shard_tokens": shard_tokens}, progress)
-    with progress:
-        blocks = _tokenize(pool, files, settings, progress)
-        tasks = _shard_tasks(blocks, place, settings, shard_tokens)
-        shards = _assemble(pool, tasks, settings, progress)
-    manifest = Manifest(
-        **wanted,
-        tokens=sum(shard.tokens for shard in shards),
-        documents=sum(shard.documents for shard in shards),
-        empty_documents=sum(block["empty"] for block in blocks),
-        bad_lines=sum(block["bad"] for block in blocks),
-        dropped_characters=sum(block["dropped"] for block in blocks),
-        shards=tuple(shards),
-        versions=_versions(settings.tokenizer),
-    )
-    assert manifest.tokens == sum(block["tokens"] for block in blocks), "a document was lost or counted twice"
-    manifest.write(place.manifest)
-    progress.summary(manifest, load_source(place.path), settings.tokenizer)
-    return manifest
+class _Job:
+    """One call of `preprocess`, or what one task of an array job does of it."""
 
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        place: Place,
+        settings: Settings,
+        source: str,
+        share: Share,
+        shard_tokens: int,
+        overwrite: bool,
+    ) -> None:
+        self.files, self.place, self.settings, self.source = files, place, settings, source
+        self.share, self.shard_tokens, self.overwrite = share, shard_tokens, overwrite
+        self.units = cut_units(files)
 
-def _tokenize(pool: Workers, files: Sequence[Path], settings: Settings, progress: Progress) -> list[Record]:
-    """Records of all blocks, in the order of the input; those of an interrupted run are taken as they are."""
-    records: list[Record] = []
+    def run(self, pool: Workers, plan: str, log_interval: int) -> Manifest | None:
+        own_bytes = sum(self._own_bytes(unit, first) for unit, first in numbered(self.units))
+        with Progress(own_bytes, log_interval) as progress:
+            self._begin(plan, progress)
+            hashes = self._hash(pool)
+            if (finished := self._finished(hashes, progress)) is not None:
+                return finished
+            for record in pool.run(TokenizeBlock(block) for block in self._missing_blocks(progress)):
+                progress.tokenized(record)
+            return self._assemble_if_last(pool, progress)
 
-    def missing() -> Iterator[TokenizeBlock]:
-        for block in iter_blocks(files):
-            record = record_path(settings.block_prefix(block.number))
-            if record.exists():
-                records.append(json.loads(record.read_text()))
-                progress.kept(records[-1])
-            else:
-                yield TokenizeBlock(block)
+    def refuse_foreign_shards(self) -> None:
+        place = self.place
+        known = place.manifest.exists() or place.is_begun or self.overwrite
+        if not known and (shards := place.shard_files()):
+            raise UserError(
+                f"{shards[0]} exists and was not made by this command; use --overwrite to replace it, or "
+                f"choose another output"
+            )
 
-    for record in pool.run(missing()):
-        records.append(record)
-        progress.tokenized(record)
-    if not any(record["tokens"] for record in records):
-        names = ", ".join(map(str, files[:3]))
-        raise DataError(f"no documents with text in {names}: nothing to write")
-    return sorted(records, key=lambda record: int(record["block"]))
+    def _begin(self, plan: str, progress: Progress) -> None:
+        path = self.settings.work / PLAN
+        if self.share.is_all:
+            self.place.remove_other_work(self.settings.work.name)
+        if not path.exists():
+            self.settings.work.mkdir(exist_ok=True)
+            write_whole(path, plan)
+        elif self.share.is_all:
+            progress.note(f"continuing the interrupted run in {self.settings.work}")
 
+    def _hash(self, pool: Workers) -> dict[int, Record]:
+        """Records of this task's share of the inputs, by their numbers."""
+        tasks = [HashInput(number, file) for number, file in enumerate(self.files) if number in self.share]
+        for _ in pool.run(task for task in tasks if not self.settings.has(task.name)):
+            pass
+        return {task.number: self.settings.read(task.name) for task in tasks}
 
-def _shard_tasks(
-    blocks: Sequence[Record], place: Layout, settings: Settings, shard_tokens: int
-) -> list[AssembleShard]:
-    full = [block for block in blocks if block["documents"]]
-    tokens = sum(block["tokens"] for block in full)
-    check_room(place.folder, tokens * settings.dtype.itemsize)
-    numbers = tuple(block["block"] for block in full)
-    if place.prefix:
-        groups, count = [numbers], 1
-    else:
-        # Without a shuffle a shard is whole blocks, so that the order stays the input's.
-        starts = itertools.accumulate((block["tokens"] for block in full), initial=0)
-        shard_of = dict(zip(numbers, (start // shard_tokens for start in starts), strict=False))
-        groups = [tuple(group) for _, group in itertools.groupby(numbers, key=shard_of.__getitem__)]
-        count = -(-tokens // shard_tokens)
-    if settings.seed is None:
-        return [AssembleShard(place.shard(number), group) for number, group in enumerate(groups)]
-    runs = -(-tokens // (count * RUN_TOKENS))
-    return [
-        AssembleShard(place.shard(number), numbers, part, runs)
-        for number, part in enumerate(ALL_KEYS.split(count))
-    ]
-
-
-def _assemble(
-    pool: Workers, tasks: Sequence[AssembleShard], settings: Settings, progress: Progress
-) -> list[ShardRecord]:
-    records = {}
-    missing = []
-    for task in tasks:
-        path = record_path(settings.work / task.name)
-        if path.exists():
-            records[task.name] = json.loads(path.read_text())
-        else:
-            missing.append(task)
-    for record in pool.run(missing):
-        records[record["prefix"]] = record
-        progress.assembled(len(records), len(tasks))
-    # A key range can be empty when a source has fewer documents than shards.
-    return [ShardRecord(**records[task.name]) for task in tasks if records[task.name]["documents"]]
-
-
-def _description(settings: Settings, source: str, inputs: Sequence[Record]) -> Record:
-    """The part of the manifest that is known before the work: two runs that agree on it write the same bytes."""
-    tokenizer = settings.tokenizer
-    return {
-        "source": source,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-        },
-        "dtype": settings.dtype.name,
-        "append_eod": settings.append_eod,
-        "json_key": settings.json_key,
-        "sentences": settings.sentences,
-        "keep_newlines": settings.keep_newlines,
-        "seed": settings.seed,
-        "inputs": list(inputs),
-    }
-
-
-def _finished(place: Layout, wanted: Record, overwrite: bool, progress: Progress) -> Manifest | None:
-    """The manifest of an earlier run of the same command, if all is whole; another's output is refused."""
-    plan = place.work / _PLAN
-    if place.manifest.exists():
-        if not overwrite:
-            found = read_manifest(place.manifest)
-            known, asked = _content(found.model_dump()), _content(wanted)
-            if differing := [field for field in asked if known[field] != asked[field]]:
+    def _finished(self, hashes: dict[int, Record], progress: Progress) -> Manifest | None:
+        """The manifest of an earlier run of the same command, if all is whole; another's output is refused."""
+        path = self.place.manifest
+        if not path.exists():
+            return None
+        found = read_manifest(path)
+        if differing := self._differing(found, hashes):
+            if not self.overwrite:
                 raise UserError(
-                    f"{place.manifest} was made with another {' and '.join(differing)}; use --overwrite to "
-                    f"replace it, or choose another output"
+                    f"{path} was made with another {' and '.join(differing)}; use --overwrite to replace it, "
+                    f"or choose another output"
                 )
+        else:
             try:
-                load_source(place.path)
+                load_source(self.place.path)
             except DataError as error:
                 progress.note(f"making it again: {error}")
             else:
-                progress.note(f"{place.manifest} is complete: {found.tokens:,} tokens; nothing to do")
+                progress.note(f"{path} is complete: {found.tokens:,} tokens; nothing to do")
                 return found
-        # Without a plan, _prepare_work clears what is left.
-        plan.unlink(missing_ok=True)
-        place.manifest.unlink()
-    elif not overwrite and not plan.exists() and (shards := place.shard_files()):
+        path.unlink(missing_ok=True)
+        return None
+
+    def _differing(self, found: Manifest, hashes: dict[int, Record]) -> list[str]:
+        """Settings and inputs that are not those of a manifest. Names of files and folders do not count."""
+        known, asked = found.model_dump(), describe(self.settings, self.source)
+        differing = [field for field in asked if field != "tokenizer" and known[field] != asked[field]]
+        if known["tokenizer"]["sha256"] != asked["tokenizer"]["sha256"]:
+            differing.append("tokenizer")
+        pairs = itertools.zip_longest(found.inputs, self.files)
+        same_sizes = all(old and new and old.bytes == new.size for old, new in pairs)
+        if not same_sizes or any(
+            (found.inputs[number].sha256, found.inputs[number].etag) != (own["sha256"], own["etag"])
+            for number, own in hashes.items()
+        ):
+            differing.append("inputs")
+        return differing
+
+    def _missing_blocks(self, progress: Progress) -> Iterator[Block]:
+        """Blocks of this task's share that no earlier run has done."""
+        for unit, first in numbered(self.units):
+            if unit.known_blocks is not None:
+                blocks: Iterable[Block] = (
+                    unit.block(index) for index in range(unit.known_blocks) if first + index in self.share
+                )
+            elif first in self.share:
+                blocks = self._counted(unit)
+            else:
+                continue
+            for block in blocks:
+                if self._is_done(block):
+                    progress.kept(self.settings.read(block.name))
+                else:
+                    yield block
+
+    def _counted(self, unit: Unit) -> Iterator[Block]:
+        """Blocks of a unit that must be opened to know them. How many they are goes to a record: once all are
+        done, the unit is not opened again."""
+        if self.settings.has(unit.name):
+            named = [unit.block(index) for index in range(self.settings.read(unit.name)["blocks"])]
+            if all(map(self._is_done, named)):
+                yield from named
+                return
+        count = 0
+        for block in unit.blocks(self.settings.work, self._is_done):
+            count += 1
+            yield block
+        write_whole(self.settings.record(unit.name), json.dumps({"blocks": count}))
+
+    def _is_done(self, block: Block) -> bool:
+        return self.settings.has(block.name)
+
+    def _own_bytes(self, unit: Unit, first: int) -> int:
+        if unit.known_blocks is None:
+            return unit.bytes if first in self.share else 0
+        own = (index for index in range(unit.known_blocks) if first + index in self.share)
+        return sum(unit.block(index).input_bytes for index in own)
+
+    def _assemble_if_last(self, pool: Workers, progress: Progress) -> Manifest | None:
+        assembly = Assembly(self.units, len(self.files), self.place, self.settings, self.shard_tokens)
+        if missing := assembly.missing():
+            progress.note(
+                f"task {self.share.rank} of {self.share.tasks} is done; {missing} of other tasks' records are "
+                f"not there yet, and the task that ends last puts the shards together (if all have ended, "
+                f"give any one of the commands again)"
+            )
+            return None
+        with self.place.assembling(self.settings.work) as is_mine:
+            if not is_mine:
+                progress.note("another task puts the shards together")
+                return None
+            if self.place.manifest.exists():  # it did, between our two looks
+                return read_manifest(self.place.manifest)
+            return assembly.run(pool, self.source, progress)
+
+
+def _check(settings: Settings) -> None:
+    if settings.seed is not None and not 0 <= settings.seed < 2**64:
+        raise UserError(f"--seed must be between 0 and 2^64 - 1, found {settings.seed}")
+    least, most = settings.min_doc_tokens, settings.max_doc_tokens
+    if (least is not None and least < 1) or (most is not None and most < (least or 1)):
         raise UserError(
-            f"{shards[0]} exists and was not made by this command; use --overwrite to replace it, or choose "
-            f"another output"
+            f"--min-doc-tokens {least} and --max-doc-tokens {most} let no document through: both count from "
+            f"1, the first up to the second"
         )
-    return None
+    _ = settings.splitter  # a missing sentence model stops here, not in a worker
 
 
-def _content(fields: Record) -> Record:
-    """A description without the names of files and folders, which may be given in another way next time."""
-    inputs = [(given["bytes"], given["sha256"]) for given in fields["inputs"]]
-    return {**fields, "tokenizer": {**fields["tokenizer"], "name": None}, "inputs": inputs}
+def _plan(settings: Settings, source: str, files: Sequence[InputFile], shard_tokens: int) -> str:
+    """What decides the output, as far as it can be said without reading the inputs."""
+    plan = describe(settings, source) | {
+        "skip_bad": settings.skip_bad,
+        "inputs": [dataclasses.asdict(file) for file in files],
+        "block_bytes": corpus.BLOCK_BYTES,
+        "shard_tokens": shard_tokens,
+    }
+    return json.dumps(plan, indent=1)
 
 
-def _prepare_work(place: Layout, plan: Record, progress: Progress) -> None:
-    """Keep the work of an interrupted run of the same command; else begin anew."""
-    path = place.work / _PLAN
-    text = json.dumps(_content(plan), indent=1)
-    if path.exists() and path.read_text() == text:
-        progress.note(f"continuing the interrupted run in {place.work}")
-    else:
-        for file in (*place.work.iterdir(), *place.shard_files()):
-            if file.name != _LOCK:
-                file.unlink()
-        write_whole(path, text)
-    for folder in (place.folder, place.work):
-        for file in folder.glob(f"*{PARTIAL}"):
-            file.unlink()
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with the process, however it ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / _LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is writing to {work.parent}; wait for it, or stop it") from None
-        try:
-            yield
-        finally:
-            if list(work.glob("*")) == [work / _LOCK]:  # refused before any work
-                shutil.rmtree(work)
-
-
-def _worker_count(workers: int | None, files: Sequence[Path]) -> int:
+def _worker_count(workers: int | None, files: Sequence[InputFile], share: Share) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, found {workers}")
-    # A worker takes a second to start: not worth it for less than a block.
-    blocks = -(-sum(file.stat().st_size for file in files) // BLOCK_BYTES)
+    # A worker takes half a second to start: not worth it for less than a block.
+    blocks = -(-sum(file.size for file in files) // (corpus.BLOCK_BYTES * share.tasks))
     return workers or max(1, min(len(os.sched_getaffinity(0)), blocks))
 
 
-def _sample(files: Sequence[Path], json_key: str) -> list[str]:
+def _sample(files: Sequence[InputFile], json_key: str) -> list[str]:
     """Some of the very input, for the comparison of tokenizer backends."""
     texts: list[str] = []
-    for file in files[:: -(-len(files) // _SAMPLED_FILES)]:
-        block = next(iter_blocks([file]), None)
-        documents = read_documents(block, json_key, on_bad=lambda: None) if block else iter(())
-        for document in itertools.islice(documents, _SAMPLED_TEXTS):
-            texts += [text[:_SAMPLED_CHARACTERS].encode(errors="ignore").decode() for text in document]
+    for unit in cut_units(files[:: -(-len(files) // _SAMPLED_FILES)]):
+        for row in itertools.islice(head_of(unit, json_key, _SAMPLED_BYTES), _SAMPLED_TEXTS):
+            texts += [text[:_SAMPLED_CHARACTERS].encode(errors="ignore").decode() for text in row]
     return texts
-
-
-def _versions(tokenizer: Tokenizer) -> dict[str, str]:
-    used = ["tokenizers", "numpy", *(["splintr-rs"] if tokenizer.backend == "splintr" else [])]
-    return {"megatron_smol": __version__, **{name: importlib.metadata.version(name) for name in used}}

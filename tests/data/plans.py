@@ -22,6 +22,7 @@ class Stage:
     start_step: int = 0
     end_step: int = 0
     skipped_tokens: dict[str, int] = field(default_factory=dict)
+    foreign_order: None = None
 
     @property
     def samples(self) -> int:

@@ -71,3 +71,9 @@ def test_a_tokenizer_of_another_family_is_refused(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     with pytest.raises(DataError, match="splits 1234 into"):
         check_smollm2(tokenizer)
+
+
+def test_merges_of_tokens_that_are_not_there(vocabulary: GgufVocabulary) -> None:
+    vocabulary.merges.append(("x", "y"))
+    with pytest.raises(DataError, match="merges do not fit its vocabulary"):
+        build_tokenizer(vocabulary)

@@ -11,8 +11,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron_smol.data.documents import DocumentPart
 from megatron_smol.data.indexed import IndexedWriter
-from megatron_smol.data.inspect import batch_of_step, inspect_batch
+from megatron_smol.data.inspect import _listed, batch_of_step, inspect_batch
 from megatron_smol.data.order import SourceOrder
 from megatron_smol.data.stream import StageStream
 from megatron_smol.errors import DataError, UserError
@@ -72,8 +73,8 @@ def texts(tmp_path: Path) -> dict[str, str]:
     return made
 
 
-def shown_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
-    inspect_batch(*arguments, as_json=True)  # type: ignore[arg-type]
+def shown_json(capsys: pytest.CaptureFixture[str], *arguments: object, **options: int) -> dict[str, object]:
+    inspect_batch(*arguments, as_json=True, **options)  # type: ignore[arg-type]
     shown: dict[str, object] = json.loads(capsys.readouterr().out)
     return shown
 
@@ -107,8 +108,39 @@ def test_terminal_output_names_sources_and_keeps_brackets(
     shown = capsys.readouterr().out
     assert "stage long, step 16" in shown and "step 16 is also in decay: choose with --stage" in shown
     row = json.loads(json.dumps(shown_json(capsys, recipe, "long", 16)))["rows"][0]
-    assert f"code  epoch 0  window {row['window']}  tokens from {row['window'] * 16}" in shown
+    assert f"code  epoch 0  window {row['window']}\n" in shown
+    (document,) = row["documents"]
+    start = row["window"] * 16
+    assert f"code: document 0 (tokens {start:,}..{start + 15:,} of 4,000)" in shown
+    assert (document["shard"], document["document"], document["position"]) == ("code", 0, start)
     assert row["text"] in shown
+
+
+def test_the_step_of_a_token(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps of 32 tokens, 64 in `long`, which leaves `decay` after 15 steps."""
+    for token, expected in (
+        (1, ("stable", 1)),
+        (32, ("stable", 1)),
+        (33, ("stable", 2)),
+        (321, ("decay", 11)),
+    ):
+        shown = shown_json(capsys, recipe, None, 1, True, tokens=token)
+        assert (shown["stage"], shown["step"]) == expected
+    assert shown_json(capsys, recipe, "long", 1, True, tokens=15 * 32 + 65)["step"] == 17
+    with pytest.raises(
+        UserError, match=r"token 801 is not in the plan; allowed: stable 0\.\.320, .*long 480\.\.800"
+    ):
+        inspect_batch(recipe, None, 1, index_only=True, tokens=801)
+
+
+def test_a_long_list_of_documents_is_cut_in_the_middle() -> None:
+    parts = [DocumentPart("a", 7, 3, 5, 8, 0), *(DocumentPart("a", n, 0, 2, 2, 9) for n in (8, 9))]
+    assert _listed(parts) == "a: document 7 (tokens 3..7 of 8), 8, 9"
+    parts += [DocumentPart("b", 0, 0, 1, 1, 0), DocumentPart("b", 1, 0, 4, 9000, 0)]
+    assert (
+        _listed(parts)
+        == "a: document 7 (tokens 3..7 of 8), 8, 9, ... 1 more ..., b: document 1 (tokens 0..3 of 9,000)"
+    )
 
 
 def test_text_of_missing_data_is_an_error(recipe: Recipe, texts: dict[str, str], tmp_path: Path) -> None:

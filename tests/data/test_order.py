@@ -49,6 +49,23 @@ def test_huge_permutation_stays_in_range_without_collisions(size: int, key: int)
     )
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 2**62), st.integers(0, 2**64 - 1), st.data())
+def test_the_inverse_leads_back(size: int, key: int, data: st.DataObject) -> None:
+    index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
+    assert np.array_equal(_csrc.permute(size, key, _csrc.permute(size, key, index), inverse=True), index)
+    assert np.array_equal(_csrc.permute(size, key, _csrc.permute(size, key, index, inverse=True)), index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_window_is_located_where_it_is_read(data: st.DataObject) -> None:
+    order = data.draw(sources())
+    seq_length = data.draw(st.sampled_from(lengths(order)))
+    positions = np.arange(2 * order.windows_per_epoch(seq_length))
+    assert np.array_equal(order.locate(seq_length, *order.lookup(seq_length, positions)), positions)
+
+
 def chi_square_deviations(observed: np.ndarray, expected: float, freedom: int) -> float:
     """How many standard deviations the chi-square statistic lies from its mean."""
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
@@ -227,6 +244,15 @@ def test_arguments_are_checked_before_memory_is_touched() -> None:
         _csrc.lookup_windows([layout], np.ones(1, np.uint16), np.zeros(1, np.int64))
     with pytest.raises(ValueError, match="2\\^62 windows"):
         _csrc.lookup_windows([(0, 1, 1, 0)], np.zeros(1, np.uint16), np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match="window 249 of epoch 0 does not exist: an epoch has 249 windows"):
+        _csrc.locate_windows(layout, np.array([0]), np.array([249]))
+    with pytest.raises(ValueError, match="of epoch -1 does not exist"):
+        _csrc.locate_windows(layout, np.array([-1]), np.array([0]))
+    with pytest.raises(ValueError, match="differ in length"):
+        _csrc.locate_windows(layout, np.zeros(2, np.int64), np.zeros(3, np.int64))
+    for ids, starts in (([5], [0, 2]), ([-1], [0, 2]), ([0], [0, 3]), ([0], [0])):
+        with pytest.raises(ValueError, match=r"not in the vocabulary of 1|do not fit"):
+            _csrc.spell(np.array(ids, np.int32), b"ab", np.array(starts))
     with pytest.raises(ValueError, match="not in"):
         _csrc.permute(3, 0, np.array([3]))
     for size in (0, 2**62 + 1):

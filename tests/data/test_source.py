@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_smol.data import stores
 from megatron_smol.data.indexed import IndexedReader, IndexedWriter
 from megatron_smol.data.manifest import Manifest, ShardRecord, TokenizerRecord
 from megatron_smol.data.source import TokenSource, load_source
+from megatron_smol.data.stores import LocalStore, OpenFiles
 from megatron_smol.errors import DataError
 
 
@@ -55,7 +60,9 @@ def write_source(folder: Path, shards: list[list[list[int]]], vocab_size: int = 
     return np.array([token for documents in shards for document in documents for token in document])
 
 
-SHARDS = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10]]]
+# Every document ends with the manifest's end-of-document id, 3.
+SHARDS = [[[1, 2, 3], [4, 3]], [[3]], [[7, 8, 9, 3]]]
+TOKENS = [1, 2, 3, 4, 3, 3, 7, 8, 9, 3]
 
 
 @settings(max_examples=25, deadline=None)
@@ -74,16 +81,29 @@ def test_any_span_is_what_lies_there(
     assert source.read(start, count).dtype == np.uint16
 
 
-def test_a_span_in_one_shard_is_not_copied(tmp_path: Path) -> None:
+def test_windows_of_many_shards_are_read_at_once(tmp_path: Path) -> None:
     write_source(tmp_path, SHARDS)
     source = load_source(tmp_path)
-    assert np.shares_memory(source.read(1, 3), source.shards[0].ids)
+    rows = np.zeros((3, 4), np.uint16)
+    source.read_windows([6, 0, 3], list(rows))
+    assert rows.tolist() == [TOKENS[6:], TOKENS[:4], TOKENS[3:7]]
+    with pytest.raises(IndexError, match="has 10"):
+        source.read_windows([0, 7], list(rows[:2]))
+
+
+def test_shards_are_opened_when_asked_for(tmp_path: Path) -> None:
+    write_source(tmp_path, SHARDS)
+    source = load_source(tmp_path)
+    assert len(source.shards) == 3 and source.shards[-1].document(0).tolist() == [7, 8, 9, 3]
+    assert [shard.tokens for shard in source.shards[:2]] == [5, 1]
+    with pytest.raises(IndexError):
+        source.shards[3]
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (9, 2), (11, 0), (0, -1)])
 def test_spans_outside_are_refused(tmp_path: Path, start: int, count: int) -> None:
     write_source(tmp_path, SHARDS)
-    with pytest.raises(IndexError, match="'prose', which has 10"):
+    with pytest.raises(IndexError, match="'prose'"):
         load_source(tmp_path).read(start, count)
 
 
@@ -105,7 +125,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, end: str) -> None:
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     write_source(tmp_path, SHARDS)
     (tmp_path / "shard-00002.bin").write_bytes(b"\0\0\0\0\0\0")
-    with pytest.raises(DataError, match=r"shard-00002\.bin has 6 bytes but .* describes 8"):
+    with pytest.raises(DataError, match=r"shard-00002\.bin has 6 bytes, expected 8"):
         load_source(tmp_path)
 
 
@@ -114,17 +134,24 @@ def test_a_whole_pair_of_another_source_is_refused(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "shard-00001", np.uint16) as writer:
         writer.add_document([1, 2])
         writer.finalize()
-    with pytest.raises(
-        DataError, match=r"shard-00001\.idx is not the one its manifest describes: found 2 tokens"
-    ):
+    with pytest.raises(DataError, match=r"shard-00001\.bin has 4 bytes, expected 2"):
         load_source(tmp_path)
+
+
+def test_a_pair_of_the_same_size_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    write_source(tmp_path, SHARDS)
+    with IndexedWriter(tmp_path / "shard-00001", np.int8) as writer:
+        writer.add_document([1, 2])
+        writer.finalize()
+    with pytest.raises(DataError, match=r"shard-00001\.idx is not the one .* found 2 tokens .* of int8"):
+        load_source(tmp_path).shards[1]
 
 
 def test_a_shard_that_vanishes_later_is_named_when_it_is_needed(tmp_path: Path) -> None:
     write_source(tmp_path, SHARDS)
     source = load_source(tmp_path)
     (tmp_path / "shard-00002.bin").unlink()
-    assert source.read(0, 6).tolist() == [1, 2, 3, 4, 5, 6]
+    assert source.read(0, 6).tolist() == TOKENS[:6]
     with pytest.raises(DataError, match=r"missing shard file .*shard-00002\.bin"):
         source.read(4, 4)
 
@@ -149,8 +176,8 @@ def test_a_changed_byte_is_found_by_the_deep_check(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_found_by_the_deep_check(tmp_path: Path) -> None:
-    write_source(tmp_path, SHARDS, vocab_size=10)
-    with pytest.raises(DataError, match="holds id 10; the vocabulary ends at 10"):
+    write_source(tmp_path, SHARDS, vocab_size=9)
+    with pytest.raises(DataError, match="holds id 9; the vocabulary ends at 9"):
         load_source(tmp_path).deep_check()
 
 
@@ -171,4 +198,56 @@ def test_shards_of_two_types_are_refused(tmp_path: Path) -> None:
             writer.add_document([1])
             writer.finalize()
     with pytest.raises(DataError, match="differ in type"):
-        TokenSource("mixed", [IndexedReader(tmp_path / "a"), IndexedReader(tmp_path / "b")], None)
+        TokenSource(
+            "mixed",
+            LocalStore(tmp_path),
+            None,
+            [IndexedReader(tmp_path / "a"), IndexedReader(tmp_path / "b")],
+        )
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_thousands_of_shards_open_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening looks at sizes only; reading keeps a bounded number of descriptors and no memory map."""
+    everything = write_source(tmp_path, [[[number % 50, 3]] for number in range(300)])
+    files = OpenFiles(8)
+    monkeypatch.setattr(stores, "OPEN_FILES", files)
+    before = open_descriptors()
+    source = load_source(tmp_path)
+    assert open_descriptors() == before and len(files) == 0
+    rows = np.zeros((300, 3), np.uint16)
+    starts = np.random.default_rng(0).integers(0, source.tokens - 3, 300).tolist()
+    source.read_windows(starts, list(rows))
+    assert [row.tolist() for row in rows] == [everything[start : start + 3].tolist() for start in starts]
+    assert len(files) == 8 and open_descriptors() == before + 8
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+TRUNCATED_WHILE_READ = """
+import sys
+from pathlib import Path
+from megatron_smol.data.source import load_source
+source = load_source(sys.argv[1])
+source.read(0, 200_000)
+print("opened", flush=True)
+sys.stdin.readline()
+try:
+    source.read(150_000, 1000)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_shard_truncated_while_it_is_read_names_itself(tmp_path: Path) -> None:
+    """A memory map would end the process with SIGBUS here."""
+    write_source(tmp_path, [[[*range(1000)] * 200 + [3]]])
+    command = [sys.executable, "-c", TRUNCATED_WHILE_READ, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "opened\n"
+    os.truncate(tmp_path / "shard-00000.bin", 4096)
+    said, _ = process.communicate("go\n", timeout=60)
+    assert process.returncode == 0, process.returncode
+    assert f"{tmp_path}/shard-00000.bin has 4,096 bytes, expected 400,002: it is truncated" in said

@@ -37,7 +37,7 @@ def read_plainly(plan: Plan, stage: Stage) -> tuple[list[list[Row]], list[dict[s
     return read, skipped
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans())
 def test_whole_runs_agree_with_the_oracle_along_every_lineage(plan: Plan) -> None:
     for leaf in plan.stages:

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smol.data import corpus
+from megatron_smol.data.corpus import cut_units
 from megatron_smol.data.indexed import IndexedReader
+from megatron_smol.data.inputs import expand_inputs
 from megatron_smol.data.manifest import Manifest
+from megatron_smol.data.reading import Reading
 from megatron_smol.data.shuffle import document_keys
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenize import preprocess
@@ -68,11 +72,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def in_order(lines: Path, seed: int | None) -> list[str]:
     """The order that a seed stands for: all documents by their keys, however they are cut into shards."""
     keyed: list[tuple[int, str]] = []
-    for block in corpus.iter_blocks([lines]):
-        texts = [text for (text,) in corpus.read_documents(block, "text")]
+    (unit,) = cut_units(expand_inputs([lines]))
+    for block in unit.blocks(lines.parent):
+        texts = [row.document[0] for row in Reading(block, "text").documents()]
         keys = itertools.count(len(keyed))
         if seed is not None:
-            keys = document_keys(seed, block.number, len(texts)).tolist()
+            keys = document_keys(seed, 0, block.index, np.arange(len(texts))).tolist()
         keyed += zip(keys, texts, strict=False)
     return [text for _, text in sorted(keyed)]
 
@@ -99,6 +104,7 @@ def test_every_document_once_in_any_number_of_shards(
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {
         ".bin",
         ".idx",
+        ".npy",
         ".json",
     }  # no work folder
 
@@ -113,15 +119,23 @@ def test_the_seed_decides_the_order(tmp_path: Path, lines: Path, tokenizer: Toke
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**64 - 1), blocks=st.integers(1, 5), count=st.integers(0, 50))
+@given(seed=st.integers(0, 2**64 - 1), blocks=st.integers(1, 3), count=st.integers(0, 50))
 def test_no_two_documents_share_a_key(seed: int, blocks: int, count: int) -> None:
-    keys = np.concatenate([document_keys(seed, block, count) for block in range(blocks)])
-    assert keys.dtype == np.uint64 and len(set(keys.tolist())) == blocks * count
+    places = [(unit, block) for unit in (0, 1, 2**22 - 1) for block in (*range(blocks), 2**18 - 1)]
+    rows = np.append(np.arange(count), 2**24 - 1)
+    keys = np.concatenate([document_keys(seed, *place, rows) for place in places])
+    assert keys.dtype == np.uint64 and len(set(keys.tolist())) == len(places) * rows.size
+
+
+@pytest.mark.parametrize("place", [(2**22, 0, 0), (0, 2**18, 0), (0, 0, 2**24)])
+def test_inputs_of_more_parts_than_keys_can_tell_apart_are_refused(place: tuple[int, int, int]) -> None:
+    with pytest.raises(DataError, match="more than"):
+        document_keys(0, *place[:2], np.array(place[2:]))
 
 
 def test_the_shuffle_is_uniform() -> None:
     """Each of 8 documents comes first about equally often over 4,000 seeds (4.5 standard deviations)."""
-    first = Counter(int(np.argmin(document_keys(seed, 3, 8))) for seed in range(4000))
+    first = Counter(int(np.argmin(document_keys(seed, 2, 3, np.arange(8)))) for seed in range(4000))
     assert set(first) == set(range(8))
     assert max(abs(count - 500) for count in first.values()) < 4.5 * (4000 * 7 / 64) ** 0.5
 
@@ -154,14 +168,15 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(
     command = [sys.executable, str(script), str(lines), str(out), str(tokenizer_folder), str(workers)]
     for records in (3, 12):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(list(out.glob(".source.preprocess/block-*.json"))) < records:
+        while len(list(out.glob(".source.preprocess/*/block-*.json"))) < records:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        victim = _worker_of(process) if workers > 1 and records == 12 else process.pid
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait() != 0
     with pytest.raises(DataError, match="did not finish"):
         load_source(out)
-    kept = {file: file.stat().st_mtime_ns for file in out.glob(".source.preprocess/block-*.json")}
+    kept = {file: file.stat().st_mtime_ns for file in out.glob(".source.preprocess/*/block-*.json")}
     again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "manifest.json").exists() and again.poll() is None:
         for file, written in kept.items():
@@ -176,6 +191,11 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(
     subprocess.run([*command[:3], str(whole), *command[4:]], check=True, stderr=subprocess.DEVNULL)
     assert contents(out) == contents(whole)
     assert Counter(documents(load_source(out), tokenizer)) == Counter(TEXTS)
+
+
+def _worker_of(process: subprocess.Popen[bytes]) -> int:
+    children = psutil.Process(process.pid).children()
+    return next(child.pid for child in children if "spawn_main" in " ".join(child.cmdline()))
 
 
 def test_a_worker_that_dies_is_told() -> None:
@@ -304,7 +324,10 @@ def test_a_finished_output_is_kept_refused_replaced_or_mended(
     with pytest.raises(UserError, match="another inputs"):
         run([lines], out, tokenizer)
     assert run([lines], out, tokenizer, overwrite=True).documents == len(TEXTS) + 1
-    assert {file.name for file in out.iterdir()} == {"manifest.json", "shard-00000.bin", "shard-00000.idx"}
+    assert {file.name for file in out.iterdir()} == {
+        "manifest.json",
+        *(f"shard-00000.{end}" for end in ("bin", "idx", "docs.npy")),
+    }
 
 
 def test_foreign_shards_are_not_overwritten(tmp_path: Path, lines: Path, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,26 @@
+#!/bin/bash
+# Tokenize a large corpus with a Slurm array job: 64 tasks over one shared folder.
+#
+#   sbatch examples/preprocess.sh 's3://bucket/web/*.jsonl.zst' data/web
+#
+# Each task does its share, none waits for another, and the one that ends last writes the shards and the
+# manifest. Killed, requeued or repeated tasks do no harm: submit the failed ones again
+# (sbatch --array=3,17 ...), or all. The files are the same as from one process.
+#
+#SBATCH --job-name=preprocess
+#SBATCH --array=0-63
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=24G
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --output=preprocess-%A-%a.log
+set -euo pipefail
+
+INPUT=${1:?usage: sbatch examples/preprocess.sh INPUT OUTPUT [options of smol preprocess]}
+OUTPUT=${2:?usage: sbatch examples/preprocess.sh INPUT OUTPUT [options of smol preprocess]}
+TOKENIZER=${TOKENIZER:-HuggingFaceTB/SmolLM2-135M}
+# Fixed, not Slurm's count: so that a part of the array can be submitted again.
+TASKS=${TASKS:-64}
+
+exec smol preprocess "$INPUT" --output "$OUTPUT" --tokenizer "$TOKENIZER" \
+    --rank slurm --world-size "$TASKS" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:3}"

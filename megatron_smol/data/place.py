@@ -1,0 +1,155 @@
+"""Where preprocessing writes, and who may write there: the output's layout, its work folder, its locks.
+
+Used by data/tokenize.py. Everything unfinished lies in `.<name>.preprocess/<digest>/` in the output folder,
+where the digest is that of inputs and settings: two commands with the same ones continue each other, with
+others they do not meet. One process works alone; the tasks of an array job share the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_smol.data.files import PARTIAL
+from megatron_smol.data.manifest import FOLDER_MANIFEST, PREFIX_MANIFEST
+from megatron_smol.data.origins import ORIGINS_END
+from megatron_smol.errors import UserError
+
+_LOCK, _ASSEMBLY_LOCK = "lock", "assembly.lock"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the work that one task of an array job does: blocks rank, rank + tasks, ..."""
+
+    rank: int = 0
+    tasks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tasks < 1 or not 0 <= self.rank < self.tasks:
+            raise UserError(
+                f"--rank {self.rank} --world-size {self.tasks} is no share of the work: ranks go from 0 to "
+                f"world size - 1"
+            )
+
+    def __contains__(self, number: int) -> bool:
+        return number % self.tasks == self.rank
+
+    @property
+    def is_all(self) -> bool:
+        return self.tasks == 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the output lies: a folder of shards, or one Megatron prefix."""
+
+    folder: Path
+    prefix: str | None
+
+    @classmethod
+    def of_prefix(cls, path: str | Path) -> Place:
+        return cls(Path(path).parent, Path(path).name)
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / (self.prefix + PREFIX_MANIFEST if self.prefix else FOLDER_MANIFEST)
+
+    @property
+    def work(self) -> Path:
+        return self.folder / f".{self.prefix or 'source'}.preprocess"
+
+    @property
+    def name(self) -> str:
+        return self.prefix or self.folder.resolve().name
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.prefix if self.prefix else self.folder
+
+    def shard(self, number: int) -> str:
+        return self.prefix or f"shard-{number:05d}"
+
+    def shard_files(self) -> list[Path]:
+        stem = glob.escape(self.prefix) if self.prefix else "shard-*"
+        return [file for end in (".bin", ".idx", ORIGINS_END) for file in self.folder.glob(stem + end)]
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a command like this one has left unfinished work."""
+        return any(self.work.glob(f"*/{PLAN}"))
+
+    def remove_other_work(self, digest: str) -> None:
+        """What commands with other inputs or settings left, and all half-written files. For who is alone."""
+        for folder in self.work.iterdir():
+            if folder.is_dir() and folder.name != digest:
+                shutil.rmtree(folder)
+        for file in (*self.partials(), *(self.work / digest).glob(f"*{PARTIAL}")):
+            file.unlink()
+
+    def partials(self) -> list[Path]:
+        """Half-written files of the output; another prefix may be written in the same folder right now."""
+        own = f"{glob.escape(self.prefix)}." if self.prefix else ""
+        return list(self.folder.glob(f"{own}*{PARTIAL}"))
+
+    @contextmanager
+    def claimed(self, share: Share) -> Iterator[None]:
+        """Hold the output: alone, or as one task of an array job. The locks go with the process, however it
+        ends; the last to leave a finished output removes the work folder."""
+        with ExitStack() as stack:
+            stream = stack.enter_context(self._locked(shared=not share.is_all))
+            if not share.is_all:
+                own = self.work / f"task-{share.rank}-of-{share.tasks}.lock"
+                if not _lock(stack.enter_context(own.open("a+")), fcntl.LOCK_EX):
+                    raise UserError(
+                        f"task {share.rank} of {share.tasks} is running already, on {self.path}; wait for "
+                        f"it, or stop it"
+                    )
+            try:
+                yield
+            finally:
+                if (self.manifest.exists() or not self.is_begun) and _lock(stream, fcntl.LOCK_EX):
+                    shutil.rmtree(self.work, ignore_errors=True)
+
+    @contextmanager
+    def assembling(self, work: Path) -> Iterator[bool]:
+        """Whether this process may put the shards together: one task at a time."""
+        with (work / _ASSEMBLY_LOCK).open("a+") as stream:
+            yield _lock(stream, fcntl.LOCK_EX)
+
+    @contextmanager
+    def _locked(self, shared: bool) -> Iterator[IO[str]]:
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            path = self.work / _LOCK
+            try:
+                stream = path.open("a+")
+            except FileNotFoundError:
+                continue  # another command finished and took the folder away just now
+            with stream:
+                if not _lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+                    raise UserError(f"another command is writing to {self.folder}; wait for it, or stop it")
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                    yield stream
+                    return
+
+
+def _lock(stream: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"the file system of {stream.name} has no file locks ({error.strerror}), which keep two commands "
+            f"from writing over each other: mount it with them (Lustre: -o flock), or choose another output"
+        ) from error
+    return True
