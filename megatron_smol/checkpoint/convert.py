@@ -1,30 +1,35 @@
 """`smol convert`: a checkpoint of any layout to a Hugging Face folder and back, published only if both agree.
 
-    checkpoint ─ store.load_model ─► GPTModel ─ hf.write_folder ─► OUT aside ─ verify.compare ─► OUT
-    HF folder ─ hf.HfFolder.fill ─► GPTModel ─ store.save_model ─► OUT aside ─ verify.compare ─► OUT
+    checkpoint ─ dist.StoredWeights.read ─► hf.write_folder ─► OUT aside ─ verify.compare ─► OUT
+    HF folder ─ HfFolder.trainer_tensor ─► dist.write_weights ─► OUT aside ─ verify.compare ─► OUT
 
-One process, fp32, no optimizer. A conversion that fails leaves nothing behind.
+One process, tensor by tensor; the gate holds a layer of each model. A conversion that fails leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from torch import Tensor
 
+from megatron_smol.checkpoint import dist, gguf, hf
 from megatron_smol.checkpoint import folder as on_disk
-from megatron_smol.checkpoint import hf, store
+from megatron_smol.checkpoint.dist import StoredWeights
 from megatron_smol.checkpoint.folder import Checkpoint, read_checkpoint, verify_files
 from megatron_smol.checkpoint.hf import Description, HfFolder
+from megatron_smol.checkpoint.layerwise import trainer_model, transformers_model
+from megatron_smol.checkpoint.publish import published, require_room, writing
+from megatron_smol.checkpoint.report import Record
+from megatron_smol.checkpoint.shards import SHARD_SIZE
 from megatron_smol.checkpoint.verify import (
     ROUNDED_TO_BF16,
     SAME_WEIGHTS,
@@ -34,13 +39,13 @@ from megatron_smol.checkpoint.verify import (
     require_same_tokenizer,
     text_windows,
 )
+from megatron_smol.checkpoint.weights import weight_map
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_smol.errors import CheckpointError, UserError, nearest
 from megatron_smol.model.backend import seed_random_streams
-from megatron_smol.model.llama import build_model
 from megatron_smol.model.precision import precision
-from megatron_smol.recipe.schema import Model, Parallel
+from megatron_smol.recipe.schema import Model
 from megatron_smol.train.state import versions
 from megatron_smol.train.step import init_parallel
 
@@ -54,49 +59,75 @@ def to_hf(
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
+    rope_interleaved: bool = False,
     text: Path | None = None,
+    report: Path | None = None,
     overwrite: bool = False,
     say: Say = print,
 ) -> Agreement:
     """Export checkpoint `source` as the Hugging Face folder `out`; returns what was compared.
 
-    tokenizer: name or folder, default the run's. dtype: fp32 or bf16, default as it was trained. text: file
-    to compare on. Raises CheckpointError, and writes nothing, when transformers computes anything else.
+    tokenizer: name or folder, default the run's. dtype: fp32 or bf16, default as it was trained. rope_interleaved:
+    the checkpoint was trained with interleaved rotary rows (an import remembers it). text: file to compare on.
+    report: file for a JSON report, with a readable one beside it.
+    Raises CheckpointError, and writes nothing but the report, when transformers computes anything else.
     """
     _one_process()
     checkpoint = read_checkpoint(source)
-    source = checkpoint.path
-    state = checkpoint.state
-    described, trained = _describe(checkpoint)
+    source, state = checkpoint.path, checkpoint.state
+    described, trained = _describe(checkpoint, rope_interleaved)
     dtype = dtype or trained
     if dtype not in hf.DTYPES:
         raise UserError(f"--dtype {dtype} is not known; {nearest(dtype, hf.DTYPES)}")
-    words = _open_tokenizer(tokenizer or state["tokenizer"], described.model)
-    end = words.eod_id  # as SmolLM2's base models: begin and end of text are the same token
-    special = state.get("special_ids") or {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
-    described = Description(described.model, described.rope_base, described.seq_length, special)
-    with published(out, overwrite) as aside:
+    words = _open_tokenizer(tokenizer or state["tokenizer"], described.model, known_tokenizer_sha256(state))
+    described = _with_special_ids(described, state, words)
+    record = Record("export", str(source), str(out), described.model.parameters(), dtype)
+    with published(out, overwrite) as aside, record.kept_in(report, words):
         say(f"reading {source}: {described.model.parameters():,} parameters trained in {trained}")
-        verify_files(source)
-        gpt = _empty_model(described)
-        store.load_model(gpt, checkpoint)
-        with _writing(out):
-            hf.write_folder(aside, described, _tensors(gpt), hf.DTYPES[dtype])
+        weights = weight_map(described.model)
+        with record.timed("converting"), _verified_meanwhile(source), writing(out):
+            require_room(out, described.model.parameters() * hf.DTYPES[dtype].itemsize)
+            stored = StoredWeights(source)
+            stored.require(weights)
+            hf.write_folder(aside, described, stored.read, hf.DTYPES[dtype], max_shard_size)
             words.save(aside)
+        record.files(source, aside, weights)
         windows = _windows(words, text, described)
         require_same_tokenizer(aside, TEXT, words.encode_batch([TEXT])[0].tolist())
         say(f"comparing with the trainer's model in fp32, window length {windows[0].size(1)}")
-        agreement = _gate_export(gpt, aside, windows, dtype, trained, f"exporting {source}", say)
-    say(f"wrote {out} ({dtype}): {agreement.describe()}")
-    return agreement
+        with record.timed("comparing"):
+            _gate_export(described, stored, aside, windows, (trained, dtype), record, say)
+    assert record.agreement is not None
+    say(f"wrote {out} ({dtype}): {record.agreement.describe()}")
+    return record.agreement
+
+
+@contextmanager
+def _verified_meanwhile(checkpoint: Path) -> Iterator[None]:
+    """Compare the files' SHA-256 on another core; a damaged file is told as such, whatever it led to."""
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(verify_files, checkpoint)
+        try:
+            yield
+        finally:
+            checked.result()
 
 
 def _gate_export(
-    gpt: GPTModel, aside: Path, windows: list[torch.Tensor], dtype: str, trained: str, what: str, say: Say
-) -> Agreement:
+    described: Description,
+    stored: StoredWeights,
+    aside: Path,
+    windows: list[Tensor],
+    dtypes: tuple[str, str],
+    record: Record,
+    say: Say,
+) -> None:
     """The mapping is judged with equal weights on both sides; rounding to bf16, if asked for, on its own."""
-    if (dtype, trained) == ("bf16", "fp32"):
-        rounded = compare(gpt, aside, windows)
+    theirs = transformers_model(HfFolder.open(aside))
+    what, written = f"exporting {stored.folder}", hf.DTYPES[dtypes[1]]
+    if dtypes == ("fp32", "bf16"):
+        rounded = record.rounded = compare(trainer_model(described, stored.read), theirs, windows)
         rounded.require(ROUNDED_TO_BF16, f"{what} rounded to bf16")
         say(
             f"rounding fp32 weights to bf16 moved the logits by {rounded.relative_difference:.2%} of their "
@@ -104,10 +135,9 @@ def _gate_export(
             f"and the loss from {rounded.loss_trainer:.6f} to {rounded.loss_hf:.6f} "
             f"(allowed {ROUNDED_TO_BF16.loss} nats)"
         )
-        gpt.to(torch.bfloat16).to(torch.float32)
-    agreement = compare(gpt, aside, windows)
-    agreement.require(SAME_WEIGHTS, what)
-    return agreement
+    ours = trainer_model(described, lambda name: stored.read(name).to(written))
+    record.agreement = compare(ours, theirs, windows)
+    record.agreement.require(SAME_WEIGHTS, what)
 
 
 def from_hf(
@@ -115,51 +145,74 @@ def from_hf(
     out: Path,
     *,
     tokenizer: str | None = None,
+    rope_interleaved: bool = False,
     text: Path | None = None,
+    report: Path | None = None,
     overwrite: bool = False,
     say: Say = print,
 ) -> Agreement:
-    """Import a Hugging Face folder (or hub name) as the checkpoint folder `out`, weights only.
+    """Import a Hugging Face folder, hub name or GGUF file as the checkpoint folder `out`, weights only.
 
-    What is compared is read back from the written files. Raises CheckpointError, and writes nothing, when the
-    trainer computes anything else than transformers.
+    rope_interleaved: order q and k rows for a trainer with interleaved rotary positions (not this package's).
+    What is compared is read back from the written files. Raises CheckpointError, and writes nothing but the
+    report, when the trainer computes anything else than transformers.
     """
     _one_process()
-    path = hf.locate(source)
-    folder = HfFolder.open(path)
-    folder.require_all()
-    described, name = folder.described, tokenizer or _lasting_name(source)
-    words = _open_tokenizer(name, described.model)
-    trained = "bf16" if folder.dtype() is torch.bfloat16 else "fp32"
-    with published(out, overwrite) as aside:
-        say(f"reading {path}: {described.model.parameters():,} parameters in {trained}")
-        gpt = _empty_model(described)
-        folder.fill(_tensors(gpt))
-        gpt.to(hf.DTYPES[trained])
-        aside.rmdir()  # store.save_model makes it
-        store.save_model(gpt, aside, _imported_state(described, source, name, trained))
-        gpt.to(torch.float32)
-        _forget(gpt)
-        store.load_model(gpt, read_checkpoint(aside))
-        windows = _windows(words, text, described)
-        say(f"comparing with the trainer's model in fp32, window length {windows[0].size(1)}")
-        agreement = compare(gpt, path, windows)
-        agreement.require(SAME_WEIGHTS, f"importing {source}")
-    say(f"wrote {out} ({trained}): {agreement.describe()}")
-    return agreement
+    with published(out, overwrite) as aside, gguf.as_folder(source, aside, say) as local:
+        path = local or hf.locate(source)
+        folder = HfFolder.open(path, rope_interleaved)
+        folder.require_all()
+        described = folder.described
+        trained = "bf16" if folder.dtype() is torch.bfloat16 else "fp32"
+        own = load_tokenizer(path).sha256 if (path / "tokenizer.json").is_file() else None
+        words = _open_tokenizer(tokenizer or str(path), described.model, own)
+        name = tokenizer or (str(out.resolve() / gguf.TOKENIZER) if local else _lasting_name(source))
+        record = Record("import", source, str(out), described.model.parameters(), trained)
+        with record.kept_in(report, words):
+            say(f"reading {path}: {described.model.parameters():,} parameters in {trained}")
+            weights = weight_map(described.model)
+            with record.timed("converting"), writing(out):
+                require_room(out, described.model.parameters() * hf.DTYPES[trained].itemsize)
+                state = _imported_state(described, source, name, words.sha256, trained)
+                _write_checkpoint(aside, folder, hf.DTYPES[trained], state)
+            record.files(aside, path, weights)
+            stored = StoredWeights(aside)
+            stored.require(weights)
+            windows = _windows(words, text, described)
+            say(f"comparing with the trainer's model in fp32, window length {windows[0].size(1)}")
+            with record.timed("comparing"):
+                ours = trainer_model(described, stored.read)
+                record.agreement = compare(ours, transformers_model(folder), windows)
+                record.agreement.require(SAME_WEIGHTS, f"importing {source}")
+    say(f"wrote {out} ({trained}): {record.agreement.describe()}")
+    return record.agreement
+
+
+def _write_checkpoint(aside: Path, folder: HfFolder, dtype: torch.dtype, state: dict[str, Any]) -> None:
+    """All that makes a folder a checkpoint; beside what lies there already."""
+    model = folder.described.model
+    weights = {weight.megatron: weight for weight in weight_map(model)}
+    dist.write_weights(
+        aside, list(weights.values()), model.layers, dtype, lambda name: folder.trainer_tensor(weights[name])
+    )
+    on_disk.write_json(aside / on_disk.STATE, {"format": on_disk.FORMAT, **state})
+    names = [str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file()]
+    complete = {"format": on_disk.FORMAT, "files": on_disk.describe_files(aside, names)}
+    on_disk.write_json(aside / on_disk.COMPLETE, complete)
 
 
 # --- what a checkpoint says of its model -------------------------------------------------------------------
 
 
-def _describe(checkpoint: Checkpoint) -> tuple[Description, str]:
+def _describe(checkpoint: Checkpoint, rope_interleaved: bool) -> tuple[Description, str]:
     """The model as config.json will have it (special ids apart), and the dtype of the stored weights."""
     state = checkpoint.state
     try:
         model = Model(**state["model"])
         stages = state["ledger"]["stages"]
         longest = max(int(state["seq_length"]), *(int(stage["seq_length"]) for stage in stages), 0)
-        described = Description(model, float(state["rope_base"]), longest, {})
+        interleaved = rope_interleaved or bool(state.get("rope_interleaved", False))
+        described = Description(model, float(state["rope_base"]), longest, {}, interleaved)
         trained = "bf16" if precision(state["precision"]).bf16 else "fp32"
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
@@ -168,7 +221,16 @@ def _describe(checkpoint: Checkpoint) -> tuple[Description, str]:
     return described, trained
 
 
-def _imported_state(described: Description, source: str, tokenizer: str, dtype: str) -> dict[str, Any]:
+def _with_special_ids(described: Description, state: dict[str, Any], words: Tokenizer) -> Description:
+    """As imported; else as SmolLM2's base models: begin and end of text are the same token."""
+    end = words.eod_id
+    special = state.get("special_ids") or {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    return replace(described, special_ids=special)
+
+
+def _imported_state(
+    described: Description, source: str, tokenizer: str, sha256: str, dtype: str
+) -> dict[str, Any]:
     """state.json with the keys of a run's own checkpoints; nothing was read of any source."""
     return {
         "run": source,
@@ -180,7 +242,9 @@ def _imported_state(described: Description, source: str, tokenizer: str, dtype: 
         "rope_base": described.rope_base,
         "precision": dtype,
         "model": described.model.model_dump(),
+        "rope_interleaved": described.rope_interleaved,
         "tokenizer": tokenizer,
+        "tokenizer_sha256": sha256,
         "special_ids": described.special_ids,
         "sizes": {},
         "layout": {"tp": 1, "pp": 1, "dp": 1},
@@ -190,7 +254,8 @@ def _imported_state(described: Description, source: str, tokenizer: str, dtype: 
     }
 
 
-def _open_tokenizer(name: str, model: Model) -> Tokenizer:
+def _open_tokenizer(name: str, model: Model, sha256: str | None) -> Tokenizer:
+    """sha256: identity of the tokenizer that the model was trained with, when that is known."""
     try:
         words = load_tokenizer(name)
     except UserError as error:
@@ -200,7 +265,22 @@ def _open_tokenizer(name: str, model: Model) -> Tokenizer:
             f"tokenizer {name} has {words.vocab_size:,} ids and the model's vocabulary {model.vocab_size:,}: "
             "it is another model's; name the right one with --tokenizer"
         )
+    if sha256 not in (None, words.sha256):
+        raise CheckpointError(
+            f"tokenizer {name} (vocabulary {words.vocab_size:,}, {words.sha256[:12]}) is not the one that the model "
+            f"was trained with ({str(sha256)[:12]}); name that one with --tokenizer, or leave the option out"
+        )
     return words
+
+
+def known_tokenizer_sha256(state: dict[str, Any]) -> str | None:
+    """Identity of the tokenizer of state.json, as recorded or as it still lies there; None when it is gone."""
+    if known := state.get("tokenizer_sha256"):
+        return str(known)
+    try:
+        return load_tokenizer(state["tokenizer"]).sha256
+    except UserError:
+        return None
 
 
 def _lasting_name(source: str) -> str:
@@ -209,7 +289,7 @@ def _lasting_name(source: str) -> str:
     return str(path.resolve()) if path.is_dir() else source
 
 
-# --- the model in this process -----------------------------------------------------------------------------
+# --- circumstances -----------------------------------------------------------------------------------------
 
 
 def _one_process() -> None:
@@ -229,71 +309,9 @@ def _one_process() -> None:
     seed_random_streams(0)
 
 
-def _empty_model(described: Description) -> GPTModel:
-    """The trainer's model in fp32, filled with NaN: what was not read cannot pass for read."""
-    gpt = build_model(
-        described.model, Parallel(), precision("fp32"), described.seq_length, described.rope_base, seed=0
-    )
-    _forget(gpt)
-    return gpt
-
-
-@torch.no_grad()
-def _forget(gpt: GPTModel) -> None:
-    for parameter in gpt.parameters():
-        parameter.fill_(float("nan"))
-
-
-def _tensors(gpt: GPTModel) -> dict[str, torch.Tensor]:
-    return hf.megatron_tensors(dict(gpt.named_parameters()))
-
-
-def _windows(words: Tokenizer, text: Path | None, described: Description) -> list[torch.Tensor]:
+def _windows(words: Tokenizer, text: Path | None, described: Description) -> list[Tensor]:
     try:
         content = TEXT if text is None else text.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {text} cannot be read as text: {error}") from error
     return text_windows(words.encode_batch([content])[0].tolist(), described.seq_length)
-
-
-# --- complete or absent ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def published(out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` when the block ends well, else it vanishes."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; choose another folder, or replace it with --overwrite")
-    if out.exists() and not _replaceable(out):
-        raise UserError(f"{out} holds no model, so --overwrite does not replace it; choose another folder")
-    aside = out.parent / f"{on_disk.WRITING}{out.name}"
-    try:
-        with _writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
-            aside.mkdir()
-        yield aside
-        with _writing(out):
-            for path in (*aside.iterdir(), aside):
-                on_disk.fsync(path)
-            if out.exists():
-                shutil.rmtree(out)
-            aside.rename(out)
-            on_disk.fsync(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replaceable(out: Path) -> bool:
-    """Whether --overwrite may remove it: a model's folder or an empty one, never somebody's home."""
-    marks = ("config.json", on_disk.COMPLETE)
-    return out.is_dir() and (any((out / mark).is_file() for mark in marks) or not any(out.iterdir()))
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """A full disk or a forbidden folder in one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out} could not be written ({error}); nothing was left there") from error

@@ -1,112 +1,32 @@
-"""Hugging Face's Llama folders: the weight map in both directions, config.json, safetensors.
+"""Hugging Face's Llama folders: config.json and safetensors, written and read tensor by tensor.
 
-Pure description and files: a tensor of the trainer becomes one or more of Hugging Face's and back, exactly.
-checkpoint/convert.py joins this with distributed checkpoints and publishes nothing that checkpoint/verify.py
-has not compared. Rotary positions are half-split on both sides, so q and k rows keep their order.
+checkpoint/weights.py says which tensor goes where; checkpoint/convert.py joins this with distributed
+checkpoints (checkpoint/dist.py) and publishes nothing that checkpoint/verify.py has not compared.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_smol.checkpoint.progress import progress
+from megatron_smol.checkpoint.shards import INDEX, SHARD_SIZE, SINGLE, shards
+from megatron_smol.checkpoint.weights import Shape, Weight, join_weight, split_weight, weight_map
+from megatron_smol.checkpoint.weights import megatron_tensors as megatron_tensors
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.schema import Model
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 5_000_000_000
-
-# --- the weight map ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the trainer, and the Hugging Face tensors that hold the same numbers."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    layout: Literal["same", "qkv", "gate_up"] = "same"
-
-
-def weight_map(model: Model) -> tuple[Weight, ...]:
-    """Every weight of the model, in Hugging Face's order."""
-    weights = [Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))]
-    for index in range(model.layers):
-        ours, theirs = f"decoder.layers.{index}", f"model.layers.{index}"
-        q, k, v, o = (f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo")
-        gate, up, down = (f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-        weights += [
-            Weight(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",)),
-            Weight(f"{ours}.self_attention.linear_qkv.weight", (q, k, v), "qkv"),
-            Weight(f"{ours}.self_attention.linear_proj.weight", (o,)),
-            Weight(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-            Weight(f"{ours}.mlp.linear_fc1.weight", (gate, up), "gate_up"),
-            Weight(f"{ours}.mlp.linear_fc2.weight", (down,)),
-        ]
-    weights.append(Weight("decoder.final_layernorm.weight", ("model.norm.weight",)))
-    if not model.tied_embeddings:
-        weights.append(Weight("output_layer.weight", ("lm_head.weight",)))
-    return tuple(weights)
-
-
-def split_weight(weight: Weight, tensor: Tensor, model: Model) -> dict[str, Tensor]:
-    """The trainer's tensor as Hugging Face's, by name; views where the layout allows."""
-    match weight.layout:
-        case "qkv":
-            parts: tuple[Tensor, ...] = _split_qkv(tensor, model)
-        case "gate_up":
-            parts = tensor.chunk(2, 0)
-        case _:
-            parts = (tensor,)
-    return dict(zip(weight.hf, parts, strict=True))
-
-
-def join_weight(weight: Weight, parts: tuple[Tensor, ...], model: Model) -> Tensor:
-    """The inverse of `split_weight`; raises RuntimeError when the shapes are not the model's."""
-    if weight.layout == "qkv":
-        q, k, v = parts
-        return _join_qkv(q, k, v, model)
-    return torch.cat(parts) if weight.layout == "gate_up" else parts[0]
-
-
-def _split_qkv(qkv: Tensor, model: Model) -> tuple[Tensor, ...]:
-    """[(heads + 2 kv_heads) * d, h], a block a query group (its q heads, k, v), as q, k and v."""
-    queries = model.heads // model.kv_heads  # q heads that share a k and a v
-    groups = qkv.view(model.kv_heads, queries + 2, model.head_dim, -1)
-    return tuple(part.reshape(-1, qkv.size(1)) for part in groups.split([queries, 1, 1], dim=1))
-
-
-def _join_qkv(q: Tensor, k: Tensor, v: Tensor, model: Model) -> Tensor:
-    kv, d = model.kv_heads, model.head_dim
-    grouped = [part.view(kv, heads, d, -1) for part, heads in ((q, model.heads // kv), (k, 1), (v, 1))]
-    return torch.cat(grouped, dim=1).flatten(0, 2)
-
-
-def megatron_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A GPTModel's parameters by the names of `weight_map`: Transformer Engine's layers hold norms inside."""
-    inside = {
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    }
-    renamed = {}
-    for name, tensor in parameters.items():
-        ending = next((e for e in inside if name.endswith(e)), None)
-        renamed[name.removesuffix(ending) + inside[ending] if ending else name] = tensor.detach()
-    return renamed
-
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # --- writing -----------------------------------------------------------------------------------------------
 
@@ -116,43 +36,39 @@ class Description:
     """What a Hugging Face folder says of a model besides its weights.
 
     seq_length: tokens, the longest it was trained on; special_ids: bos_token_id, eos_token_id, pad_token_id.
+    rope_interleaved: how the *trainer's* rows are ordered (see `split_weight`); Hugging Face's never are.
     """
 
     model: Model
     rope_base: float
     seq_length: int
-    special_ids: dict[str, int | None]
+    special_ids: dict[str, int | list[int] | None]
+    rope_interleaved: bool = False
 
 
 def write_folder(
-    folder: Path, described: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    folder: Path,
+    described: Description,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Write config.json, generation_config.json and the weights; the tokenizer is the caller's.
+    """Write config.json, generation_config.json and the weights, cast to `dtype`; the tokenizer is the caller's.
 
-    tensors: the trainer's, by the names of `weight_map`. Weights are cast to `dtype`.
+    read: gives a tensor of the trainer by its name in `weight_map`; it is asked once for each.
     """
     _write_json(folder / "config.json", llama_config(described, dtype))
     special = {name: token for name, token in described.special_ids.items() if token is not None}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
     weights = weight_map(described.model)
-    assert {weight.megatron for weight in weights} == tensors.keys()
     shapes = {
-        name: part.to(dtype)
-        for weight in weights
-        for name, part in split_weight(weight, tensors[weight.megatron].to("meta"), described.model).items()
+        name: shape for weight in weights for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
     }
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
-    for file, names in plan.filename_to_tensors.items():
-        wanted = set(names)
-        shard: dict[str, Tensor] = {}
-        for weight in weights:
-            if wanted.intersection(weight.hf):
-                parts = split_weight(weight, tensors[weight.megatron], described.model)
-                shard |= {name: _own_copy(parts[name], dtype) for name in wanted.intersection(weight.hf)}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors shuts others out
-    if plan.is_sharded:
-        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    with shards(folder, shapes, dtype, max_shard_size) as put:
+        for weight in progress(weights, "writing safetensors"):
+            parts = split_weight(weight, read(weight.megatron), described.model, described.rope_interleaved)
+            for name, part in parts.items():
+                put(name, part.to("cpu", dtype))
 
 
 def llama_config(described: Description, dtype: torch.dtype) -> dict[str, Any]:
@@ -187,11 +103,6 @@ def llama_config(described: Description, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """safetensors wants contiguous tensors that share no memory."""
-    return tensor.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -207,11 +118,15 @@ class HfFolder:
     described: Description
 
     @classmethod
-    def open(cls, path: Path) -> HfFolder:
-        """Read config.json; CheckpointError for what this trainer has no model of."""
+    def open(cls, path: Path, rope_interleaved: bool = False) -> HfFolder:
+        """Read config.json; CheckpointError for what this trainer has no model of.
+
+        rope_interleaved: the order of rows that the trainer is to have, not this folder's.
+        """
         config = _read_json(path / "config.json")
         generation = path / "generation_config.json"
-        return cls(path, _describe(path, config, _read_json(generation) if generation.is_file() else {}))
+        described = _describe(path, config, _read_json(generation) if generation.is_file() else {})
+        return cls(path, replace(described, rope_interleaved=rope_interleaved))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -232,53 +147,86 @@ class HfFolder:
             found: Tensor = file.get_tensor(name)
         return found
 
+    def trainer_tensor(self, weight: Weight) -> Tensor:
+        """The trainer's tensor, put together from this folder's."""
+        described = self.described
+        parts = tuple(self.tensor(name) for name in weight.hf)
+        return join_weight(weight, parts, described.model, described.rope_interleaved)
+
     def _reading(self, file: Path) -> Any:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing, and {self.path / INDEX} lists it; fetch the whole model"
+            )
         try:
             return safe_open(file, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); fetch or export it again") from error
+            raise CheckpointError(
+                f"{file} cannot be read, it is cut off or damaged ({error}); fetch or export it again"
+            ) from error
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[Shape, str]]:
+        """Shape and safetensors' dtype name of each tensor, without reading it."""
+        found = {}
+        for path in sorted(set(self.files.values())):
+            with self._reading(path) as file:
+                inside = set(file.keys())
+                for name in (name for name, where in self.files.items() if where == path):
+                    if name not in inside:
+                        raise CheckpointError(
+                            f"{path} lacks tensor {name}, which {INDEX} says is in it; fetch the whole model"
+                        )
+                    piece = file.get_slice(name)
+                    found[name] = (tuple(piece.get_shape()), str(piece.get_dtype()))
+        return found
 
     def require_all(self) -> None:
         """Refuse a folder whose tensors are not exactly those of the model its config.json describes."""
-        wanted = {name for weight in weight_map(self.described.model) for name in weight.hf}
+        shapes = {
+            name: shape
+            for weight in weight_map(self.described.model)
+            for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
+        }
         # A tied head may be stored as well, and old Llama files carry the angles of the rotary positions.
-        found = {n for n in self.files if not n.endswith("rotary_emb.inv_freq")}
+        found = {n for n in self.headers if not n.endswith("rotary_emb.inv_freq")}
         if self.described.model.tied_embeddings:
-            found -= {"lm_head.weight"}
-        if missing := sorted(wanted - found):
+            found -= {HEAD}
+        if missing := sorted(shapes.keys() - found):
             raise CheckpointError(
                 f"{self.path} lacks tensor {missing[0]} ({len(missing)} missing in all), which its "
                 "config.json asks for; fetch the whole model"
             )
-        if unknown := sorted(found - wanted):
+        if unknown := sorted(found - shapes.keys()):
             raise CheckpointError(
                 f"{self.path} holds tensor {unknown[0]} ({len(unknown)} unknown in all), which a Llama model "
                 "of this trainer (no biases, no adapters) has no place for"
             )
+        for name, shape in shapes.items():
+            if (stored := self.headers[name][0]) != shape:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {list(stored)}, its config.json means {list(shape)}"
+                )
+        self._require_the_tied_head_to_be_the_embedding()
+
+    def _require_the_tied_head_to_be_the_embedding(self) -> None:
+        if self.described.model.tied_embeddings and HEAD in self.headers:
+            head, table = self.tensor(HEAD), self.tensor(EMBEDDING)
+            if head.shape != table.shape or not torch.equal(head, table):
+                raise CheckpointError(
+                    f"{self.path} holds a {HEAD} that is not {EMBEDDING}, and its config.json says "
+                    "tie_word_embeddings: true; set it to false if the head was trained by itself"
+                )
 
     def dtype(self) -> torch.dtype:
         """bfloat16 when every weight is; else float32, which holds float16 and bfloat16 exactly."""
-        found = {self.tensor(name).dtype for weight in weight_map(self.described.model) for name in weight.hf}
-        if unknown := found - {torch.float32, torch.bfloat16, torch.float16}:
+        names = {name for weight in weight_map(self.described.model) for name in weight.hf}
+        found = {self.headers[name][1] for name in names}
+        if unknown := found - {"F32", "BF16", "F16"}:
             raise CheckpointError(
-                f"{self.path} has weights in {unknown.pop()}; allowed: float32, bfloat16, float16"
+                f"{self.path} has weights in {unknown.pop()}; allowed: F32, BF16, F16 (safetensors' names)"
             )
-        return torch.bfloat16 if found == {torch.bfloat16} else torch.float32
-
-    @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the weights into the trainer's tensors, one at a time."""
-        for weight in weight_map(self.described.model):
-            target = tensors[weight.megatron]
-            parts = split_weight(weight, target.to("meta"), self.described.model)
-            read = {name: self.tensor(name) for name in weight.hf}
-            for name, part in parts.items():
-                if read[name].shape != part.shape:
-                    raise CheckpointError(
-                        f"{self.path}: {name} has shape {list(read[name].shape)}, its config.json means "
-                        f"{list(part.shape)}"
-                    )
-            target.copy_(join_weight(weight, tuple(read.values()), self.described.model))
+        return torch.bfloat16 if found == {"BF16"} else torch.float32
 
 
 _FIXED = {
@@ -321,8 +269,7 @@ def _describe(path: Path, config: dict[str, Any], generation: dict[str, Any]) ->
             f"= {model.hidden_size} / {model.heads} only"
         )
     ids = {n: generation.get(n, config.get(n)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    first = {name: token[0] if isinstance(token, list) else token for name, token in ids.items()}
-    return Description(model, rope_base, seq_length, first)
+    return Description(model, rope_base, seq_length, ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

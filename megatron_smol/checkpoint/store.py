@@ -144,12 +144,25 @@ def _require_space(folder: Path, needed: int) -> None:
 
 def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
     """Fill the engine from a checkpoint written at any layout; nothing is changed if it does not fit."""
+    if optimizer:
+        _require_form(checkpoint, engine.recipe.parallel.distributed_optimizer)
     loaded = _load(lambda: _sharded_state(engine, True, optimizer), checkpoint.path)
-    _fill(engine.gpt, loaded["model"])
+    for gpt, weights in zip(engine.gpts, loaded["model"], strict=True):
+        _fill(gpt, weights)
     if optimizer:
         load_optimizer_state(engine.optimizer, loaded["optimizer"])
     else:
         engine.optimizer.reload_model_params()
+
+
+def _require_form(checkpoint: Checkpoint, distributed: bool) -> None:
+    """A sharded optimizer and a replicated one are stored differently."""
+    found = checkpoint.state.get("layout", {}).get("distributed_optimizer", distributed)
+    if found != distributed:
+        raise CheckpointError(
+            f"{checkpoint.path} was written with parallel.distributed_optimizer {str(found).lower()}, the recipe says "
+            f"{str(distributed).lower()}, and one cannot be loaded as the other; set it back"
+        )
 
 
 def load_model(gpt: GPTModel, checkpoint: Checkpoint) -> None:
@@ -184,7 +197,7 @@ def _load(describe: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
 
 def _sharded_state(engine: Engine, is_loading: bool, optimizer: bool = True) -> dict[str, Any]:
     """megatron-core's description of this rank's tensors inside the whole."""
-    model = _sharded_model(engine.gpt)
+    model = [_sharded_model(gpt) for gpt in engine.gpts]
     state: dict[str, Any] = {"model": model}
     if optimizer:
         state["optimizer"] = engine.optimizer.sharded_state_dict(

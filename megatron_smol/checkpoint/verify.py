@@ -1,33 +1,35 @@
 """The gate: nothing is converted unless transformers and the trainer compute the same on real text.
 
-`compare` runs megatron-core's model and the written Hugging Face folder over the same tokens in fp32: every
-logit, the loss, and greedy continuation through `generate` (key/value cache and generation config included).
-checkpoint/convert.py publishes a folder only after `Agreement.require`.
+`compare` runs megatron-core's model and the Hugging Face folder over the same tokens in fp32: every logit, the
+most likely token at every position, the loss, and greedy continuation through transformers' `generate` (key/value
+cache and generation config included). Both models borrow their weights layer by layer (checkpoint/layerwise.py),
+so the gate fits where the conversion does. checkpoint/convert.py publishes only after `Agreement.require`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_smol.checkpoint.layerwise import Borrowing
 from megatron_smol.errors import CheckpointError
 
 MAX_TOKENS, MIN_TOKENS = 2048, 32
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
-ROWS_AT_ONCE = 256  # of logits in fp64: a row is the whole vocabulary
+ROWS_AT_ONCE = 16  # of logits in fp64: a row is the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may differ: logits (largest absolute, and RMS relative to the logits' spread), loss in nats."""
+    """What may differ: logits (largest absolute, and RMS relative to the logits' spread), loss in nats.
+
+    greedy: whether the most likely token must be the same everywhere, and the continuation with it.
+    """
 
     logits: float = float("inf")
     relative: float = float("inf")
@@ -38,6 +40,7 @@ class Limits:
 # Both sides compute in fp32 with the same weights and differ in the order of additions, if at all. The
 # relative limit is for small logits: nearly untrained, a wrong RoPE base moves them by less than 1e-4.
 SAME_WEIGHTS = Limits(logits=1e-4, relative=2e-5, loss=1e-5, greedy=True)
+TIE = 2 * SAME_WEIGHTS.logits
 # Rounding fp32 weights to bf16 (relative error up to 2^-9 each) moves the logits by about 1 % of their spread
 # (0.8 % for SmolLM2-135M, and its loss by less than 0.0001).
 ROUNDED_TO_BF16 = Limits(relative=0.05, loss=0.02)
@@ -45,7 +48,10 @@ ROUNDED_TO_BF16 = Limits(relative=0.05, loss=0.02)
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was compared and by how much the two differ; losses in nats per token."""
+    """What was compared and by how much the two differ; losses in nats per token.
+
+    same_top: positions at which both find the same token most likely (or two that rounding cannot tell apart).
+    """
 
     tokens: int
     windows: int
@@ -53,8 +59,11 @@ class Agreement:
     relative_difference: float
     loss_trainer: float
     loss_hf: float
+    same_top: int
     greedy_equal: int
     greedy_tokens: int
+    prompt_ids: tuple[int, ...] = ()
+    greedy_ids: tuple[int, ...] = ()  # as transformers continued
 
     def describe(self) -> str:
         where = f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}"
@@ -64,7 +73,10 @@ class Agreement:
             else "logits bit-equal"
         )
         losses = f"loss {self.loss_trainer:.6f} against {self.loss_hf:.6f}"
-        return f"{where}: {logits}, {losses}, {self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
+        return (
+            f"{where}: {logits}, {losses}, same most likely token at {self.same_top} of {self.tokens}, "
+            f"{self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
+        )
 
     def require(self, limits: Limits, what: str) -> None:
         """Raise CheckpointError with the first measure that differs by more than `limits` allow."""
@@ -80,6 +92,11 @@ class Agreement:
                     f"{what}: the {name} of transformers and of the trainer disagree: {measure} {found:.3g}, "
                     f"allowed {limit:g} ({self.describe()}); nothing was written"
                 )
+        if limits.greedy and self.same_top < self.tokens:
+            raise CheckpointError(
+                f"{what}: transformers and the trainer find the same token most likely at {self.same_top} of "
+                f"{self.tokens} positions only; nothing was written"
+            )
         if limits.greedy and self.greedy_equal < self.greedy_tokens:
             raise CheckpointError(
                 f"{what}: greedy continuation by transformers and by the trainer agree on "
@@ -98,109 +115,80 @@ def text_windows(ids: Sequence[int], seq_length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def compare(gpt: GPTModel, hf_folder: Path, windows: Sequence[Tensor]) -> Agreement:
-    """Run both models over `windows` of token ids; gpt: fp32, whole (no parallelism).
-
-    Raises CheckpointError when transformers cannot load the folder or has to invent weights.
-    """
-    theirs = load_hf(hf_folder)
-    device = next(gpt.parameters()).device
-    gpt.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # squared differences, squared logits, two losses
+def compare(
+    trainer: Borrowing, theirs: Borrowing, windows: Sequence[Tensor], new_tokens: int = NEW_TOKENS
+) -> Agreement:
+    """Run both models over `windows` [1, s] of token ids, then continue the beginning of the first greedily."""
+    sums = torch.zeros(5, dtype=torch.float64)
     largest = 0.0
     for window in windows:
-        ours, other = gpt(window.to(device), None, None)[0].cpu(), theirs(window).logits[0]  # [s, vocabulary]
-        for rows in torch.arange(window.size(1)).split(ROWS_AT_ONCE):
-            a, b = ours[rows].double(), other[rows].double()
-            difference = (a - b).abs()
-            largest = max(largest, float(difference.max().nan_to_num(float("inf"))))
-            following = window[0, rows[0] + 1 : rows[-1] + 2]
-            sums += torch.stack(
-                [
-                    difference.square().sum(),
-                    (a - a.mean(1, keepdim=True)).square().sum(),
-                    *(
-                        F.cross_entropy(logits[: len(following)], following, reduction="sum")
-                        for logits in (a, b)
-                    ),
-                ]
-            )
-    squares, spread, *losses = sums.tolist()
+        hidden = trainer.hidden(window)[0], theirs.hidden(window)[0]  # [s, h] each
+        with trainer.head(), theirs.head():
+            for rows in torch.arange(window.size(1)).split(ROWS_AT_ONCE):
+                a, b = trainer.logits(hidden[0][rows]).double(), theirs.logits(hidden[1][rows]).double()
+                largest = max(largest, float((a - b).abs().max().nan_to_num(float("inf"))))
+                sums += _row_sums(a, b, window[0, rows[0] + 1 : rows[-1] + 2])
+    squares, spread, loss, loss_hf, same_top = sums.tolist()
     predicted = sum(window.size(1) - 1 for window in windows)
     prompt = windows[0][:, :PROMPT_TOKENS]
-    greedy, generated = _continue_both(gpt, theirs, prompt)
+    generated = _continue(theirs, prompt, new_tokens)
     return Agreement(
         tokens=sum(window.size(1) for window in windows),
         windows=len(windows),
         largest_difference=largest,
         relative_difference=(squares / spread) ** 0.5 if spread else float("nan"),
-        loss_trainer=losses[0] / predicted,
-        loss_hf=losses[1] / predicted,
-        greedy_equal=_equal_until_a_tie(gpt, prompt, greedy, generated),
-        greedy_tokens=len(greedy),
+        loss_trainer=loss / predicted,
+        loss_hf=loss_hf / predicted,
+        same_top=int(same_top),
+        greedy_equal=_agreed(trainer, prompt, generated),
+        greedy_tokens=len(generated),
+        prompt_ids=tuple(prompt[0].tolist()),
+        greedy_ids=tuple(generated),
     )
 
 
-def load_hf(folder: Path) -> Any:
-    """The folder as transformers loads it, in fp32 on the CPU, every weight accounted for."""
-    import transformers
-    from transformers.utils import logging as hf_logging
+def _row_sums(a: Tensor, b: Tensor, following: Tensor) -> Tensor:
+    """Of logits [rows, vocabulary]: squared differences, squared spread, both losses in nats, same most likely."""
+    loss, loss_hf = (
+        F.cross_entropy(logits[: len(following)], following, reduction="sum") for logits in (a, b)
+    )
+    top = (gap_to_top(a, b.argmax(1)) <= TIE).sum().double()
+    return torch.stack(
+        [(a - b).square().sum(), (a - a.mean(1, keepdim=True)).square().sum(), loss, loss_hf, top]
+    )
 
-    hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+
+def gap_to_top(logits: Tensor, chosen: Tensor) -> Tensor:
+    """How far the chosen ids [rows] lie below the most likely ones of `logits` [rows, vocabulary]."""
+    return logits.amax(1) - logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def _continue(theirs: Borrowing, prompt: Tensor, new_tokens: int) -> list[int]:
+    """Greedy continuation of `prompt` [1, s] by transformers' `generate`, as it stops."""
+    with theirs.head():
+        generated: Tensor = theirs.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
-        model, info = loaded
-    except Exception as error:  # transformers and safetensors raise a dozen kinds
-        text = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"transformers cannot load {folder}: {text[0] if text else type(error).__name__}"
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(
-                f"transformers reports {kind.replace('_', ' ')} in {folder}: {sorted(info[kind])[0]}"
-            )
-    return model.eval()
+    found: list[int] = generated[0, prompt.size(1) :].tolist()
+    return found
 
 
-def _continue_both(gpt: GPTModel, theirs: Any, prompt: Tensor) -> tuple[list[int], list[int]]:
-    """Greedy continuations of `prompt` [1, s] by the trainer and by transformers' `generate`, as it stops."""
-    generated = theirs.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    stop = theirs.generation_config.eos_token_id
-    stops = stop if isinstance(stop, list) else [stop]
-    ids = prompt
-    ours: list[int] = []
-    while len(ours) < NEW_TOKENS and (not ours or ours[-1] not in stops):
-        ours.append(int(_last_logits(gpt, ids).argmax()))
-        ids = torch.cat([ids, ids.new_tensor([ours[-1:]])], dim=1)
-    return ours, generated[0, prompt.size(1) :].tolist()
+def _agreed(trainer: Borrowing, prompt: Tensor, generated: list[int]) -> int:
+    """How many of transformers' greedy tokens are the trainer's.
 
-
-def _equal_until_a_tie(gpt: GPTModel, prompt: Tensor, ours: list[int], theirs: list[int]) -> int:
-    """Tokens that agree; all of them when the first that differs is a tie in the trainer's logits.
-
-    Two candidates closer than rounding cannot be told apart, and what follows them says nothing.
+    One pass is enough: as long as each token is the trainer's most likely one after those before it, the trainer
+    continues alike. Of two candidates closer than rounding either will do.
     """
-    shared = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-    if shared is None:
-        return min(len(ours), len(theirs))
-    logits = _last_logits(gpt, torch.cat([prompt, prompt.new_tensor([ours[:shared]])], dim=1))
-    gap = float(logits[ours[shared]] - logits[theirs[shared]])
-    return len(ours) if gap <= 2 * SAME_WEIGHTS.logits else shared
-
-
-def _last_logits(gpt: GPTModel, ids: Tensor) -> Tensor:
-    logits: Tensor = gpt(ids.to(next(gpt.parameters()).device), None, None)[0, -1]  # [vocabulary]
-    return logits.float().cpu()
+    ids = torch.cat([prompt, prompt.new_tensor([generated])], dim=1)
+    hidden = trainer.hidden(ids)[0, prompt.size(1) - 1 : -1]
+    with trainer.head():
+        gaps = gap_to_top(trainer.logits(hidden), torch.tensor(generated))
+    wrong = (~(gaps <= TIE)).nonzero()
+    return int(wrong[0]) if len(wrong) else len(generated)
 
 
 def require_same_tokenizer(folder: Path, text: str, ids: Sequence[int]) -> None:

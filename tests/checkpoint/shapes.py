@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_smol.checkpoint import folder, store
 from megatron_smol.checkpoint.hf import Description
+from megatron_smol.checkpoint.weights import megatron_tensors
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.model.llama import build_model
 from megatron_smol.model.precision import precision
@@ -61,7 +62,7 @@ def describe(model: Model) -> Description:
 def build(model: Model, seed: int = 1) -> GPTModel:
     """The trainer's model in this process; norms are not all ones, as after training."""
     init_parallel(1, 1)
-    gpt = build_model(model, Parallel(), precision("fp32"), LENGTH, ROPE_BASE, seed)
+    [gpt] = build_model(model, Parallel(), precision("fp32"), LENGTH, ROPE_BASE, seed)
     unsettle_norms(gpt)
     return gpt
 
@@ -98,8 +99,25 @@ def save_checkpoint(path: Path, model: Model, tokenizer: Path, name: str = "fp32
 
 def save_from_ranks(path: str, tokenizer: str, tp: int, pp: int, name: str) -> None:
     """What a training run leaves: weights and optimizer of every rank. Run by helpers.run_ranks."""
-    torch.set_num_threads(1)
     model = small_model(tied_embeddings=pp == 1)
+    engine = _engine(model, tp, pp, name, LENGTH, ROPE_BASE)
+    for gpt in engine.gpts:
+        unsettle_norms(gpt)
+    store.save(engine, Path(path), state(model, Path(tokenizer), name), model.parameters())
+
+
+def relayout(source: str, target: str, tp: int, pp: int) -> None:
+    """Load a checkpoint into a trainer of this layout and save it from there. Run by helpers.run_ranks."""
+    checkpoint = folder.read_checkpoint(Path(source))
+    known = checkpoint.state
+    model = Model(**known["model"])
+    engine = _engine(model, tp, pp, known["precision"], known["seq_length"], known["rope_base"])
+    store.load(engine, checkpoint, optimizer=False)
+    store.save(engine, Path(target), known, model.parameters())
+
+
+def _engine(model: Model, tp: int, pp: int, name: str, length: int, rope_base: float) -> Engine:
+    torch.set_num_threads(1)
     recipe = parse_recipe(
         f"""
 name: shapes
@@ -107,15 +125,13 @@ run_dir: nowhere
 tokenizer: none
 model: {model.model_dump_json()}
 sources: {{a: {{path: a, tokens: 10M}}}}
-training: {{seq_length: {LENGTH}, global_batch: 8, micro_batch: 2, precision: {name}}}
+training: {{seq_length: {length}, global_batch: 8, micro_batch: 2, precision: {name}}}
 stages: [{{name: one, until: 100 steps, mixture: {{a: 1}}}}]
 lr: {{peak: 1e-3}}
 parallel: {{tp: {tp}, pp: {pp}}}
 """
     )
-    engine = Engine(recipe, LENGTH, ROPE_BASE, name)
-    unsettle_norms(engine.gpt)
-    store.save(engine, Path(path), state(model, Path(tokenizer), name), model.parameters())
+    return Engine(recipe, length, rope_base, name)
 
 
 def weights(gpt: GPTModel) -> dict[str, torch.Tensor]:
@@ -127,3 +143,8 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
     )
+
+
+def tensors_of(model: Model) -> dict[str, torch.Tensor]:
+    """The weights of `build(model)` by the names of the weight map."""
+    return megatron_tensors(dict(build(model).named_parameters()))

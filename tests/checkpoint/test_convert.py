@@ -14,15 +14,19 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_smol import cli
-from megatron_smol.checkpoint import convert, hf, store
-from megatron_smol.checkpoint.convert import from_hf, published, to_hf
-from megatron_smol.checkpoint.folder import read_checkpoint
-from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.checkpoint import convert, hf, store, weights
+from megatron_smol.checkpoint.convert import from_hf, to_hf
+from megatron_smol.checkpoint.folder import COMPLETE, read_checkpoint
+from megatron_smol.checkpoint.folder import sha256 as folder_sha256
+from megatron_smol.checkpoint.publish import published
+from megatron_smol.checkpoint.shards import SHARD_SIZE, SINGLE
+from megatron_smol.checkpoint.verify import TEXT
+from megatron_smol.checkpoint.weights import Weight, weight_map
+from megatron_smol.errors import CheckpointError, DataError, UserError
 from megatron_smol.recipe.schema import Model
 from tests.checkpoint import shapes
 from tests.helpers import run_ranks
@@ -46,19 +50,31 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
 
 
 # Shrinking a failure would take minutes.
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(model=shapes.models(), name=st.sampled_from(["fp32", "bf16"]))
-def test_round_trips_are_byte_equal(tokenizer_folder: Path, model: Model, name: str) -> None:
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    model=shapes.models(),
+    name=st.sampled_from(["fp32", "bf16"]),
+    interleaved=st.booleans(),
+    shard=st.sampled_from([SHARD_SIZE, "30KB"]),
+)
+def test_round_trips_are_byte_equal(
+    tokenizer_folder: Path, model: Model, name: str, interleaved: bool, shard: str
+) -> None:
     with TemporaryDirectory() as folder:
         first, out, second, again = (Path(folder) / part for part in ("a", "b", "c", "d"))
+        (text := Path(folder) / "text").write_text(TEXT[:300])  # the gate's own tests read more
         shapes.save_checkpoint(first, model, tokenizer_folder, name)
-        to_hf(first, out, say=quiet)
-        from_hf(str(out), second, say=quiet)
-        to_hf(second, again, say=quiet)
+        to_hf(first, out, rope_interleaved=interleaved, max_shard_size=shard, text=text, say=quiet)
+        from_hf(str(out), second, rope_interleaved=interleaved, text=text, say=quiet)
+        to_hf(
+            second, again, max_shard_size=shard, text=text, say=quiet
+        )  # an import remembers its order of rows
         assert shapes.equal(stored(first, name), stored(second, name))  # Megatron -> HF -> Megatron
         assert stored_dtypes(first) == stored_dtypes(second) == {hf.DTYPES[name]}
-        assert shapes.equal(load_file(out / hf.SINGLE), load_file(again / hf.SINGLE))  # HF -> Megatron -> HF
-        for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        names = {file.name for file in out.iterdir()}
+        assert names == {file.name for file in again.iterdir()}
+        assert {"config.json", "generation_config.json", "tokenizer.json"} < names
+        for file in names:  # HF -> Megatron -> HF
             assert (out / file).read_bytes() == (again / file).read_bytes()
 
 
@@ -90,9 +106,21 @@ def test_any_layout_is_read_by_one_process(
     theirs = hf.HfFolder.open(out)
     assert theirs.dtype() is hf.DTYPES[name]
     whole = shapes.build(theirs.described.model, seed=42)  # initial weights do not depend on the layout
-    expected = whole.decoder.layers[1].mlp.linear_fc1.weight.to(hf.DTYPES[name])
-    names = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up")]
-    assert torch.equal(torch.cat([theirs.tensor(name) for name in names]), expected)
+    expected = weights.megatron_tensors(dict(whole.named_parameters()))
+    for weight in weight_map(theirs.described.model):
+        if len(weight.shape) == 2:  # each rank drew its own norms
+            found = theirs.trainer_tensor(weight)
+            assert torch.equal(found, expected[weight.megatron].to(hf.DTYPES[name])), weight.megatron
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
+def test_an_import_is_loaded_at_any_layout_and_comes_back(
+    exported: Path, tmp_path: Path, tp: int, pp: int
+) -> None:
+    from_hf(str(exported), tmp_path / "imported", say=quiet)
+    run_ranks(shapes.relayout, 2, str(tmp_path / "imported"), str(tmp_path / "saved"), tp, pp)
+    to_hf(tmp_path / "saved", tmp_path / "hf", say=quiet)
+    assert (tmp_path / "hf" / SINGLE).read_bytes() == (exported / SINGLE).read_bytes()
 
 
 def test_the_export_works_in_plain_transformers(exported: Path) -> None:
@@ -113,6 +141,32 @@ def test_the_folder_is_complete_and_nothing_lies_beside_it(exported: Path) -> No
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_report_says_what_was_compared(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_hf(checkpoint, tmp_path / "hf", report=tmp_path / "good.json", dtype="bf16", say=quiet)
+    good = json.loads((tmp_path / "good.json").read_text())
+    assert good["published"] and good["tensors"] == {"megatron": 14, "hugging_face": 20}
+    found = good["compared"]
+    assert found["tokens"] == found["same_top"] > 800 and found["largest_difference"] < 1e-4
+    assert abs(found["loss_trainer"] - found["loss_hf"]) < 1e-5 and "The tide rises" in found["greedy_text"]
+    assert good["rounding_fp32_to_bf16"]["relative_difference"] > 1e-4
+    assert good["sha256"]["hugging_face"][SINGLE] == folder_sha256(tmp_path / "hf" / SINGLE)
+    assert good["sha256"]["checkpoint"]["state.json"] == folder_sha256(checkpoint / "state.json")
+    assert set(good["seconds"]) == {"converting", "comparing"}
+    text = (tmp_path / "good.txt").read_text()
+    assert "published" in text and f"same most likely token at {found['tokens']} of {found['tokens']}" in text
+    monkeypatch.setattr(hf, "split_weight", _gate_and_up_swapped)
+    with pytest.raises(CheckpointError, match="disagree"):
+        to_hf(checkpoint, tmp_path / "bad", report=tmp_path / "bad.json", say=quiet)
+    bad = json.loads((tmp_path / "bad.json").read_text())
+    assert not bad["published"] and "disagree" in bad["refused_because"]
+    assert bad["compared"]["largest_difference"] > 0.1
+    assert "REFUSED: exporting" in (tmp_path / "bad.txt").read_text() and not (tmp_path / "bad").exists()
+    with pytest.raises(UserError, match=r"--report .*nowhere.*: there is no folder"):
+        to_hf(checkpoint, tmp_path / "x", report=tmp_path / "nowhere" / "r.json", say=quiet)
 
 
 def test_fp32_can_be_written_as_bf16_and_is_judged_twice(checkpoint: Path, tmp_path: Path) -> None:
@@ -163,12 +217,12 @@ def test_the_longest_stage_sets_the_positions(tmp_path: Path, tokenizer_folder: 
 # --- what goes wrong ---------------------------------------------------------------------------------------
 
 
-def _gate_and_up_swapped(weight: hf.Weight, tensor: torch.Tensor, model: Model) -> dict[str, torch.Tensor]:
-    parts = _right_split(weight, tensor, model)
+def _gate_and_up_swapped(weight: Weight, *arguments: Any) -> dict[str, torch.Tensor]:
+    parts = _right_split(weight, *arguments)
     return dict(zip(parts, reversed(parts.values()), strict=True)) if weight.layout == "gate_up" else parts
 
 
-_right_split = hf.split_weight
+_right_split = weights.split_weight
 
 
 def test_a_wrong_export_leaves_nothing(
@@ -201,7 +255,7 @@ def _save_without_digit_splitter(tokenizer: Any, folder: Path) -> None:
 def test_a_wrong_import_leaves_nothing(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "_join_qkv", lambda q, k, v, model: torch.cat([q, k, v]))
+    monkeypatch.setattr(weights, "_join_qkv", lambda q, k, v, model: torch.cat([q, k, v]))
     with pytest.raises(CheckpointError, match=r"importing .* disagree: .* nothing was written"):
         from_hf(str(exported), tmp_path / "imported", say=quiet)
     assert list(tmp_path.iterdir()) == []
@@ -214,15 +268,15 @@ def test_a_wrong_export_does_not_replace_a_right_one(
     shutil.copytree(exported, out)
     with pytest.raises(UserError, match=r"exists; choose another folder, or replace it with --overwrite"):
         to_hf(checkpoint, out, say=quiet)
-    before = (out / hf.SINGLE).read_bytes()
+    before = (out / SINGLE).read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(hf, "split_weight", _gate_and_up_swapped)
         with pytest.raises(CheckpointError):
             to_hf(checkpoint, out, overwrite=True, say=quiet)
-    assert (out / hf.SINGLE).read_bytes() == before
+    assert (out / SINGLE).read_bytes() == before
     (out / "stale").touch()
     to_hf(checkpoint, out, overwrite=True, say=quiet)
-    assert not (out / "stale").exists() and (out / hf.SINGLE).read_bytes() == before
+    assert not (out / "stale").exists() and (out / SINGLE).read_bytes() == before
 
 
 def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
@@ -243,12 +297,23 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(hf, "shards", full)
     with pytest.raises(
         CheckpointError, match=r"hf could not be written \(.*No space left.*\); nothing was left"
     ):
         to_hf(checkpoint, tmp_path / "hf", say=quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_its_completion_marker(checkpoint: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(checkpoint, unfinished)
+    (unfinished / COMPLETE).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"unfinished has no complete.json, so it was not written to the end"
+    ):
+        to_hf(unfinished, tmp_path / "hf", say=quiet)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
@@ -266,7 +331,9 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) 
 def test_a_checkpoint_whose_weights_are_another_models(tmp_path: Path, tokenizer_folder: Path) -> None:
     state = shapes.state(shapes.small_model(ffn_size=44), tokenizer_folder)
     store.save_model(shapes.build(shapes.small_model()), tmp_path / "a", state)
-    with pytest.raises(CheckpointError, match=r"loading .* failed: .*linear_fc"):
+    with pytest.raises(
+        CheckpointError, match=r"holds weight .*linear_fc1.weight of shape \[80, 48\], .* \[88, 48\]"
+    ):
         to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -275,6 +342,34 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: P
     shapes.save_checkpoint(tmp_path / "a", shapes.small_model(vocab_size=500), tokenizer_folder)
     with pytest.raises(CheckpointError, match=r"has 600 ids and the model's vocabulary 500: it is another"):
         to_hf(tmp_path / "a", tmp_path / "hf", say=quiet)
+
+
+def test_a_tokenizer_with_other_ids_is_refused(
+    checkpoint: Path, exported: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_folder, other)
+    document = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]  # as many ids, two of them exchanged
+    first, second = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(document))
+    wanted = r"tokenizer .*other \(vocabulary 600, .*\) is not the one that the model was trained with"
+    with pytest.raises(CheckpointError, match=wanted):
+        to_hf(checkpoint, tmp_path / "hf", tokenizer=str(other), say=quiet)
+    with pytest.raises(CheckpointError, match=wanted):
+        from_hf(str(exported), tmp_path / "imported", tokenizer=str(other), say=quiet)
+    from_hf(str(exported), tmp_path / "imported", say=quiet)
+    state = json.loads((tmp_path / "imported" / "state.json").read_text())
+    shutil.rmtree(tmp_path / "imported")
+    store.save_model(  # the model's own is gone, but the checkpoint remembers which it was
+        shapes.build(shapes.small_model()),
+        tmp_path / "imported",
+        state | {"tokenizer": str(tmp_path / "gone")},
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        to_hf(tmp_path / "imported", tmp_path / "hf", tokenizer=str(other), say=quiet)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "imported"}
 
 
 def test_a_lost_tokenizer_can_be_named(checkpoint: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -291,6 +386,12 @@ def test_arguments_that_cannot_be(checkpoint: Path, tmp_path: Path, monkeypatch:
         to_hf(checkpoint, tmp_path / "hf", text=tmp_path / "gone", say=quiet)
     with pytest.raises(CheckpointError, match=r"no checkpoint at"):
         to_hf(tmp_path / "gone", tmp_path / "hf", say=quiet)
+    with pytest.raises(UserError, match=r"no file .*gone.gguf: give a GGUF file"):
+        from_hf(str(tmp_path / "gone.gguf"), tmp_path / "hf", say=quiet)
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    with pytest.raises(DataError, match=r"text.gguf cannot be read as a GGUF file"):
+        from_hf(str(tmp_path / "text.gguf"), tmp_path / "hf", say=quiet)
+    (tmp_path / "text.gguf").unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it without torchrun"):
         to_hf(checkpoint, tmp_path / "hf", say=quiet)

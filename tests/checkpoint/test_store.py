@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,74 @@ from megatron_smol.checkpoint import folder, safe, store
 from megatron_smol.errors import CheckpointError
 from tests import ranks
 from tests.helpers import run_ranks
+from tests.layouts import Layout
+
+DP2 = Layout(2)
+TP2 = Layout(2, {"tp": 2, "sequence_parallel": True})
+PP2 = Layout(2, {"pp": 2})
+VPP2 = Layout(2, {"pp": 2, "vpp": 2})
+CP2 = Layout(2, {"cp": 2})
+TP2_PP2 = Layout(4, {"tp": 2, "pp": 2})
+PAIRS = [
+    (DP2, TP2),
+    (TP2, DP2),
+    (TP2, PP2),
+    (PP2, TP2),
+    (VPP2, TP2),
+    (TP2, VPP2),
+    (CP2, DP2),
+    (DP2, CP2),
+    (Layout(4), TP2_PP2),
+    (TP2_PP2, Layout(4)),
+    (Layout(1), Layout(4, {"pp": 4})),
+    (Layout(4, {"pp": 4}), Layout(1)),
+    (Layout(4, {"cp": 2}), Layout(4, {"tp": 2, "cp": 2, "cp_comm": "all_gather"})),
+    (Layout(2, {"distributed_optimizer": False}), Layout(2, {"tp": 2, "distributed_optimizer": False})),
+]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A checkpoint of step 3 written at DP 2, and the curve of the run that went on."""
-    path = tmp_path_factory.mktemp("saved") / "one-00000003"
-    return path, run_ranks(ranks.save_and_go_on, 2, str(path), 1, 1)[0]
+def saved_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], tuple[Path, Any]]:
+    """A checkpoint of step 3 written by a layout, and the curve of the run that went on."""
+
+    @cache
+    def save(layout: Layout) -> tuple[Path, Any]:
+        path = tmp_path_factory.mktemp("saved") / "one-00000003"
+        return path, run_ranks(ranks.save_and_go_on, layout.ranks, str(path), layout)[0]
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def saved(saved_by: Callable[[Layout], tuple[Path, Any]]) -> tuple[Path, Any]:
+    return saved_by(DP2)
 
 
 def test_same_layout_goes_on_bit_equal(saved: tuple[Path, Any]) -> None:
     path, expected = saved
-    assert run_ranks(ranks.load_and_go_on, 2, str(path), 1, 1)[0] == expected
+    assert run_ranks(ranks.load_and_go_on, 2, str(path), DP2)[0] == expected
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(2, 2, 1), (2, 1, 2), (1, 1, 1), (4, 2, 1)])
-def test_another_layout_goes_on_to_rounding(saved: tuple[Path, Any], world: int, tp: int, pp: int) -> None:
-    path, expected = saved
-    found = run_ranks(ranks.load_and_go_on, world, str(path), tp, pp)[0]
+@pytest.mark.parametrize(
+    ("before", "after"), PAIRS, ids=[f"{before.name} to {after.name}" for before, after in PAIRS]
+)
+def test_another_layout_loads_bit_equal_and_goes_on(
+    saved_by: Callable[[Layout], tuple[Path, Any]], tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    """All tensors, optimizer states too, are the same when saved again; training differs by rounding."""
+    path, expected = saved_by(before)
+    again = tmp_path / "again" / "one-00000003"
+    found = run_ranks(ranks.load_and_go_on, after.ranks, str(path), after, str(again))[0]
+    stored = ranks.stored_tensors(path)
+    assert ranks.stored_tensors(again) == stored
+    assert sum("exp_avg_sq" in name for name in stored) > 0
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert (loss, norm) == pytest.approx((expected_loss, expected_norm), rel=1e-5)
 
 
 def test_precision_may_change(saved: tuple[Path, Any]) -> None:
     path, expected = saved
-    found = run_ranks(ranks.load_and_go_on, 2, str(path), 1, 1, "bf16")[0]
+    found = run_ranks(ranks.load_and_go_on, 2, str(path), DP2, None, "bf16")[0]
     for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=2e-2)
 
@@ -185,3 +230,11 @@ def test_a_kill_while_removing_leaves_what_is_cleared_later(
     assert not folder.list_checkpoints(tmp_path) and list(tmp_path.iterdir())
     folder.remove_unfinished(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_replicated_optimizer_is_not_taken_for_a_sharded_one(tmp_path: Path) -> None:
+    checkpoint = folder.Checkpoint(tmp_path, {"layout": {"distributed_optimizer": False}})
+    with pytest.raises(CheckpointError, match=r"distributed_optimizer false, the recipe says true"):
+        store._require_form(checkpoint, True)
+    store._require_form(checkpoint, False)
+    store._require_form(folder.Checkpoint(tmp_path, {}), True)
