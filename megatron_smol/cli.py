@@ -13,10 +13,12 @@ from collections.abc import Callable
 
 import typer
 
-from megatron_smol.commands import post, run
+from megatron_smol.commands import evals, post, run, slurm
+from megatron_smol.commands.bench import bench_app
 from megatron_smol.commands.convert import convert_app
 from megatron_smol.commands.inspect import inspect
 from megatron_smol.commands.preprocess import preprocess
+from megatron_smol.commands.source import data_app
 from megatron_smol.errors import DataError, UserError, leave, ranks_have_met
 
 app = typer.Typer(
@@ -32,14 +34,23 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
     preprocess,
     run.train,
+    slurm.submit,
+    slurm.status,
+    slurm.simulate,
     inspect,
+    post.sft,
+    post.dpo,
+    post.chat,
     post.generate,
+    evals.eval,
     run.report,
     run.doctor,
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -3,75 +3,99 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch.distributed import checkpoint as dcp
 
 from megatron_smol.checkpoint import folder, store
-from megatron_smol.data.loader import MicroBatch
+from megatron_smol.data.batch import Documents, MicroBatch
 from megatron_smol.model.llama import named_global_parameters
 from megatron_smol.recipe.load import parse_recipe
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.train.step import Engine
+from tests.layouts import Layout
 
-GLOBAL_BATCH, MICRO_BATCH, LENGTH, VOCABULARY = 8, 2, 32, 256
+GLOBAL_BATCH, LENGTH, VOCABULARY, EOD = 8, 32, 256, 7
 
 
-def recipe(tp: int = 1, pp: int = 1, sequence_parallel: bool = False, tied: bool = True) -> Recipe:
+def recipe(layout: Layout) -> Recipe:
     return parse_recipe(
         f"""
 name: ranks
 run_dir: nowhere
 tokenizer: none
-model: {{layers: 4, hidden_size: 64, heads: 4, kv_heads: 2, ffn_size: 96, vocab_size: {VOCABULARY}, tied_embeddings: {str(tied).lower()}}}
+model: {{layers: 8, hidden_size: 32, heads: 4, kv_heads: 2, ffn_size: 48, vocab_size: {VOCABULARY}, tied_embeddings: {str(layout.tied).lower()}}}
 sources: {{a: {{path: a, tokens: 10M}}}}
-training: {{seq_length: {LENGTH}, global_batch: {GLOBAL_BATCH}, micro_batch: {MICRO_BATCH}, precision: fp32}}
+training: {{seq_length: {LENGTH}, global_batch: {GLOBAL_BATCH}, micro_batch: {layout.micro_batch}, precision: fp32}}
 stages: [{{name: one, until: 100 steps, mixture: {{a: 1}}}}]
 lr: {{peak: 1e-3}}
-parallel: {{tp: {tp}, pp: {pp}, sequence_parallel: {str(sequence_parallel).lower()}}}
+parallel: {json.dumps(layout.parallel)}
 """
     )
 
 
-def engine(
-    tp: int, pp: int, sequence_parallel: bool = False, precision: str = "fp32", tied: bool = True
-) -> Engine:
+def engine(layout: Layout, precision: str = "fp32") -> Engine:
     torch.set_num_threads(1)
-    return Engine(recipe(tp, pp, sequence_parallel, tied), LENGTH, 10000.0, precision)
+    return Engine(recipe(layout), LENGTH, 10000.0, precision)
 
 
-def batches(step: int) -> list[MicroBatch]:
-    """This rank's share of a global batch that depends on the step alone; next ids follow a rule to be learnt."""
+def windows(step: int, layout: Layout) -> torch.Tensor:
+    """[batch, length + 1] ids that depend on the step alone; they follow a rule to be learnt."""
     generator = torch.Generator().manual_seed(step)
     first = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
     noise = torch.randint(0, 3, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
     ids = (first + noise.cumsum(1)) % VOCABULARY
+    if layout.document_mask:
+        ids[:, 9], ids[::2, 20] = EOD, EOD
+    return ids
+
+
+def batches(step: int, layout: Layout) -> list[MicroBatch]:
+    """This rank's share of the global batch."""
+    ids, per_rank = windows(step, layout), layout.micro_batch
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    shares = [ids[i : i + MICRO_BATCH] for i in range(rank * MICRO_BATCH, GLOBAL_BATCH, MICRO_BATCH * size)]
-    return [MicroBatch(share[:, :-1].contiguous(), share[:, 1:].contiguous()) for share in shares]
+    shares = [ids[i : i + per_rank] for i in range(rank * per_rank, GLOBAL_BATCH, per_rank * size)]
+    return [_micro_batch(share, layout.document_mask) for share in shares]
 
 
-def train(running: Engine, first: int, last: int) -> list[tuple[float, float]]:
-    results = [running.train_step(batches(step), 3e-3) for step in range(first, last)]
+def validate(running: Engine, layout: Layout) -> float:
+    """Loss of three windows, which no layout can share evenly."""
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = [window[None] for window in windows(99, layout)[:3][rank::size]]
+    return running.evaluate([_micro_batch(window, layout.document_mask) for window in mine])
+
+
+def _micro_batch(ids: torch.Tensor, document_mask: bool) -> MicroBatch:
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return MicroBatch(tokens, labels, Documents.of(tokens.numpy(), EOD) if document_mask else None)
+
+
+def train(running: Engine, layout: Layout, first: int, last: int) -> list[tuple[float, float]]:
+    results = [running.train_step(batches(step, layout), 3e-3) for step in range(first, last)]
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def curve(
-    tp: int, pp: int, sequence_parallel: bool, steps: int, precision: str = "fp32", tied: bool = True
-) -> Any:
-    """(loss, gradient norm) of each step, the RoPE base changed half-way as a stage would."""
-    running = engine(tp, pp, sequence_parallel, precision, tied)
-    first = train(running, 0, steps // 2)
+def curve(layout: Layout, steps: int, precision: str = "fp32") -> tuple[dict[str, str], Any]:
+    """(initial weights, (loss, gradient norm) of each step), the RoPE base changed half-way as a stage would.
+
+    The last entry is a validation: (loss, 1).
+    """
+    running = engine(layout, precision)
+    weights = initial_weights(running, layout.parallel.get("tp", 1))
+    first = train(running, layout, 0, steps // 2)
     running.configure(LENGTH, 130000.0)
-    return first + train(running, steps // 2, steps)
+    second = train(running, layout, steps // 2, steps)
+    return weights, [*first, *second, (validate(running, layout), 1.0)]
 
 
-def initial_weights(tp: int, pp: int) -> dict[str, tuple[list[int], str]]:
-    """Hash of every weight of this rank's part, put together over tensor-parallel ranks."""
+def initial_weights(running: Engine, tp: int) -> dict[str, str]:
+    """Shape and hash of every weight of this rank's part, put together over tensor-parallel ranks."""
     found = {}
-    for name, parameter, split in named_global_parameters(engine(tp, pp).gpt):
+    for name, parameter, split in (named for gpt in running.gpts for named in named_global_parameters(gpt)):
         whole = parameter.detach()
         if split is not None and tp > 1:
             parts = [torch.empty_like(whole) for _ in range(tp)]
@@ -81,34 +105,49 @@ def initial_weights(tp: int, pp: int) -> dict[str, tuple[list[int], str]]:
             if split.gated:  # [gate_0; up_0; gate_1; up_1] -> [gate; up]
                 halves = [half for part in parts for half in part.chunk(2, 0)]
                 whole = torch.cat(halves[0::2] + halves[1::2])
-        found[name] = (list(whole.shape), digest(whole))
+        found[name] = f"{list(whole.shape)} {digest(whole)}"
     return found
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def save_and_go_on(path: str, tp: int, pp: int) -> Any:
+def save_and_go_on(path: str, layout: Layout) -> Any:
     """Train 3 steps, save, train 3 more: the curve after the save."""
-    running = engine(tp, pp)
-    train(running, 0, 3)
+    running = engine(layout)
+    train(running, layout, 0, 3)
+    save(running, path)
+    return train(running, layout, 3, 6)
+
+
+def load_and_go_on(path: str, layout: Layout, again: str | None = None, precision: str = "fp32") -> Any:
+    """Load, save what was loaded to `again`, train 3 steps: their curve."""
+    running = engine(layout, precision)
+    store.load(running, folder.read_checkpoint(Path(path)))
+    if again is not None:
+        save(running, again)
+    return train(running, layout, 3, 6)
+
+
+def save(running: Engine, path: str) -> None:
     state = {"stage": "one", "stage_index": 0, "step": 3}
     store.save(running, Path(path), state, parameters=10_000)
-    return train(running, 3, 6)
 
 
-def load_and_go_on(path: str, tp: int, pp: int, precision: str = "fp32") -> Any:
-    running = engine(tp, pp, precision=precision)
-    store.load(running, folder.read_checkpoint(Path(path)))
-    return train(running, 3, 6)
+def stored_tensors(path: Path) -> dict[str, str]:
+    """Shape and hash of every whole tensor in a checkpoint: weights, master weights and moments."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return {name: f"{list(tensor.shape)} {digest(tensor)}" for name, tensor in tensors.items()}
 
 
 def save_fails(path: str) -> tuple[str, list[str]]:
     """Save where rank 0 cannot write: what is raised on this rank, and what is left on disk."""
     from megatron_smol.errors import CheckpointError
 
-    running = engine(1, 1)
+    running = engine(Layout(2))
     if torch.distributed.get_rank() == 0:
         store._InProcessWriter._write = _no_space  # type: ignore[method-assign]
     try:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_smol.commands.arguments import Overrides, RecipePath
+from megatron_smol.errors import UserError
 from megatron_smol.prepare import prepare_libraries
+
+if TYPE_CHECKING:
+    from megatron_smol.recipe.plan import Plan
 
 
 def plan(
@@ -18,10 +22,25 @@ def plan(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Tokens/s of one GPU, for days and GPU-hours.", min=1.0)
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to fit the recipe to, as 64xH100-80GB (A100, H100, H200, B200, L40S): prints the layouts "
+            "and micro-batches that fit, fastest first, and why others do not.",
+            metavar="CLUSTER",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --fit: what `smol bench train --json` measured, in place of the speed model's own."
+        ),
+    ] = None,
 ) -> None:
     """Work out what a recipe will do: steps, tokens and epochs per source, LR, memory, days. Needs no GPU, no data.
 
-    Exit code 2 when a source is read more often than its max_epochs allows.
+    With --fit: which layout to run it in on given GPUs. Exit code 2 when a source is read more often than its
+    max_epochs allows, or when no layout fits.
     """
     from megatron_smol.recipe.load import load_recipe
     from megatron_smol.recipe.plan import make_plan, resolve_sizes
@@ -29,8 +48,23 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     made = make_plan(loaded, resolve_sizes(loaded))
+    if fit is not None:
+        _print_fit(made, fit, calibration, json)
+        return
+    if calibration is not None:
+        raise UserError("--calibration goes with --fit, such as --fit 64xH100-80GB")
     print_plan(made, tokens_per_second, as_json=json)
     made.require_no_errors()
+
+
+def _print_fit(made: Plan, cluster: str, calibration: Path | None, as_json: bool) -> None:
+    from megatron_smol.recipe.devices import parse_cluster
+    from megatron_smol.recipe.fit import fit
+    from megatron_smol.recipe.fit_view import print_fit
+    from megatron_smol.recipe.speed import Calibration
+
+    measured = None if calibration is None else Calibration.from_file(calibration)
+    print_fit(fit(made, parse_cluster(cluster), measured), as_json)
 
 
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:

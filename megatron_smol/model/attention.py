@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
+
+from megatron_smol.model.context_parallel import RingAttention, attend_all_gather
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -35,7 +38,7 @@ class SdpaCoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1 and not config.attention_dropout
+        assert not config.attention_dropout
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -43,13 +46,15 @@ class SdpaCoreAttention(MegatronModule):
         query: Tensor,  # [s, b, heads, d]
         key: Tensor,  # [s, b, kv_heads, d]
         value: Tensor,  # [s, b, kv_heads, d]
-        attention_mask: Tensor | None,  # [b, 1, s, s], True where a query may look
+        attention_mask: Tensor | None,  # [b, 1, s, s of the whole window], True where a query may look
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:  # [s, b, heads * d]
         assert attention_bias is None and packed_seq_params is None
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        if self.config.context_parallel_size > 1:
+            return self._shared(q, k, v, attention_mask).permute(2, 0, 1, 3).flatten(2)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -61,17 +66,32 @@ class SdpaCoreAttention(MegatronModule):
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over a window whose tokens the context-parallel ranks share; s is this rank's part."""
+        group = get_context_parallel_group()
+        if mask is not None or self.config.cp_comm_type == "all_gather":
+            return attend_all_gather(q, k, v, mask, self.softmax_scale, group)
+        repeats = q.size(1) // k.size(1)
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        return RingAttention.apply(q, k, v, self.softmax_scale, group)
+
 
 def document_mask(tokens: Tensor, eod_id: int) -> Tensor:
     """Causal mask that also stops at document boundaries.
 
     tokens: [b, s] ids; a document ends with `eod_id`, which belongs to the document it ends.
     Returns [b, 1, s, s], True where query position i (row) may look at key position j (column).
-    Rotary positions are relative, so inside a document nothing else needs resetting.
     """
     ends = tokens.eq(eod_id).int()
-    document = ends.cumsum(1) - ends  # [b, s]: number of documents that ended before this token
-    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return documents_mask(ends.cumsum(1) - ends)  # number of documents that ended before this token
+
+
+def documents_mask(documents: Tensor) -> Tensor:
+    """The same from the number of each token's document, [b, s].
+
+    Rotary positions are relative, so inside a document nothing else needs resetting.
+    """
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)
 
 

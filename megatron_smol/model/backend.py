@@ -173,6 +173,9 @@ def use_cpu() -> None:
     _call_cpu_for_cuda(DistributedOptimizer.get_parameter_state_dp_zero)
 
     _keep_gradients_of_one_rank_in_place()
+    # Recomputation puts the random state back; the CPU's is handled beside it.
+    mc_random._get_cuda_rng_state = lambda **_: None
+    mc_random._set_cuda_rng_state = lambda *_, **__: None
     mc_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     mc_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,16 @@ def transformer_config(model: Model, parallel: Parallel, precision: Precision) -
         init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        # Two ranks that are each other's both neighbours need one message at a time; megatron-core's batches mix them up.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        context_parallel_size=parallel.cp,
+        # Transformer Engine's names for the two ways.
+        cp_comm_type={"ring": "p2p", "all_gather": "all_gather"}[parallel.cp_comm]
+        if parallel.cp > 1
+        else None,
+        **_RECOMPUTE[parallel.recompute],
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
         params_dtype=precision.params_dtype,
         bf16=precision.bf16,
@@ -68,12 +79,26 @@ def transformer_config(model: Model, parallel: Parallel, precision: Precision) -
         apply_rope_fusion=te,
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te" if te else "native",
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=here.on_gpu,  # gloo may still be sending them
         **(precision.fp8 or {}),
     )
 
 
-def layer_spec(config: TransformerConfig, here: Backend) -> ModuleSpec | TransformerBlockSubmodules:
+# megatron-core's fields. `selective` leaves out what is large and cheap: the scores' part of attention.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def layer_spec(
+    config: TransformerConfig, here: Backend, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where they can run, else megatron-core's with our attention and norm."""
     if here.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec()
@@ -82,26 +107,39 @@ def layer_spec(config: TransformerConfig, here: Backend) -> ModuleSpec | Transfo
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     spec.submodules.mlp.module = SwiGluMLP
-    layers = [spec] * get_num_layers_to_build(config)
+    layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def build_model(
     model: Model, parallel: Parallel, precision: Precision, seq_length: int, rope_base: float, seed: int
-) -> GPTModel:
-    """This rank's part of the model, with initial weights that do not depend on the layout."""
-    here = backend()
+) -> list[GPTModel]:
+    """This rank's parts of the model (one, or `parallel.vpp`), with initial weights that do not depend on the layout."""
     config = transformer_config(model, parallel, precision)
+    parts = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    return [_build_part(model, config, seq_length, rope_base, seed, vp_stage) for vp_stage in parts]
+
+
+def _build_part(
+    model: Model,
+    config: TransformerConfig,
+    seq_length: int,
+    rope_base: float,
+    seed: int,
+    vp_stage: int | None,
+) -> GPTModel:
+    here = backend()
     gpt = GPTModel(
         config,
-        layer_spec(config, here),
+        layer_spec(config, here, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=model.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=rope_base,
+        vp_stage=vp_stage,
     )
     gpt.to(here.device)
     initialize_weights(gpt, model, seed)

@@ -62,20 +62,28 @@ def _layout(recipe: Recipe) -> Iterator[str]:
                 f"({getattr(model, name)}); tp allowed for this model: {_listed(tp_allowed)}"
             )
             break
-    if model.layers % parallel.pp:
-        yield (
-            f"parallel.pp is {parallel.pp}, which does not divide model.layers ({model.layers}); pp allowed "
-            f"for this model: {_listed(divisors(model.layers))}"
-        )
+    if model.layers % (parallel.pp * parallel.vpp):
+        allowed = divisors(model.layers // parallel.pp) if model.layers % parallel.pp == 0 else []
+        if not allowed or parallel.vpp == 1:
+            yield (
+                f"parallel.pp is {parallel.pp}, which does not divide model.layers ({model.layers}); pp allowed "
+                f"for this model: {_listed(divisors(model.layers))}"
+            )
+        else:
+            yield (
+                f"parallel.vpp is {parallel.vpp}, which does not divide the {model.layers // parallel.pp} layers of "
+                f"a pipeline rank; vpp allowed: {_listed(allowed)}"
+            )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp is {parallel.vpp}, but parallel.pp is 1; set pp above 1 or vpp to 1"
     if parallel.sequence_parallel and parallel.tp == 1:
         yield (
             "parallel.sequence_parallel is true, but parallel.tp is 1; set tp above 1 or sequence_parallel "
             "to false"
         )
-    if parallel.gpus is not None and parallel.gpus % (parallel.tp * parallel.pp):
+    if parallel.gpus is not None and parallel.gpus % parallel.model_ranks:
         yield (
-            f"parallel.gpus is {parallel.gpus}, which is not divisible by tp * pp "
-            f"({parallel.tp * parallel.pp})"
+            f"parallel.gpus is {parallel.gpus}, which is not divisible by tp * pp * cp ({parallel.model_ranks})"
         )
 
 
@@ -126,12 +134,17 @@ def _lengths_and_batches(recipe: Recipe) -> Iterator[str]:
                 f"{where['seq_length']} is {settings.seq_length}, which does not divide {what} "
                 f"({page_length}); nearest allowed below: {below}"
             )
-        if settings.seq_length % parallel.tp and parallel.sequence_parallel:
+        pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (
+            parallel.tp if parallel.sequence_parallel else 1
+        )
+        if settings.seq_length % pieces:
+            why = "2 * cp" if parallel.cp > 1 else ""
+            why += (" * " if why else "") + "tp" if parallel.sequence_parallel else ""
             yield (
-                f"{where['seq_length']} is {settings.seq_length}, not divisible by parallel.tp "
-                f"({parallel.tp}) as sequence_parallel needs"
+                f"{where['seq_length']} is {settings.seq_length}, not divisible by {why} ({pieces}) as "
+                f"{'context' if parallel.cp > 1 else 'sequence'} parallelism needs"
             )
-        ranks = 1 if parallel.gpus is None else parallel.gpus // (parallel.tp * parallel.pp)
+        ranks = 1 if parallel.gpus is None else parallel.gpus // parallel.model_ranks
         if settings.global_batch % (settings.micro_batch * max(ranks, 1)):
             by = f"{where['micro_batch']} ({settings.micro_batch})"
             if settings.global_batch % settings.micro_batch == 0:

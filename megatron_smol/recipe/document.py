@@ -24,7 +24,7 @@ JSON_FIELDS = {
     "stages": (
         "list in the order they run: name, parent, is_branch, start_step, end_step, steps, start_tokens, "
         "end_tokens, tokens (all along the lineage), seq_length, global_batch, micro_batch, "
-        "tokens_per_step, rope_base, precision, document_mask, lr_start (of the first step), lr_end (of a "
+        "tokens_per_step, rope_base, precision, document_mask, megatron_order (null: our own), lr_start (of the first step), lr_end (of a "
         "step that would follow the last), checkpoints (written), memory_per_gpu (bytes: weights, "
         "gradients, optimizer, activations, total), sources"
     ),
@@ -129,6 +129,7 @@ def lr_boundaries(plan: Plan) -> list[dict[str, Any]]:
 
 def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
     memory = estimate.memory_per_gpu(plan.recipe.model, plan.recipe.parallel, stage)
+    order = plan.recipe.stages[stage.index].megatron_order
     plain = (
         "name",
         "parent",
@@ -151,6 +152,7 @@ def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
     )
     return {
         **{field: getattr(stage, field) for field in plain + settings},
+        "megatron_order": order and order.model_dump(),
         "lr_start": plan.lr(stage.index, stage.start_step),
         "lr_end": plan.lr(stage.index, stage.end_step),
         "checkpoints": estimate.saves_in(plan, stage),

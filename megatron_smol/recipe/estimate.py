@@ -1,44 +1,34 @@
-"""What a plan costs: parameters, FLOPs, memory per GPU, GPU-hours, bytes on disk. Formulas, no measurements.
+"""What a plan costs: memory per GPU, FLOPs, time and GPU-hours, bytes on disk. Formulas, no measurements.
 
-Used by `render` for `smol plan`. Each formula stands in its docstring with its source; memory is good to
-about 15 %.
+Used by `render` and `document` for `smol plan`. The formulas and their sources are in `memory`, `flops`, `traffic` and `speed`;
+here they meet the plan.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_smol.recipe.devices import DEFAULT, DEVICES, Device
+from megatron_smol.recipe.flops import flops_per_token
+from megatron_smol.recipe.memory import Kernels, Layout, Memory, embedding_parameters, memory
 from megatron_smol.recipe.plan import Plan, StagePlan
 from megatron_smol.recipe.schema import Model, Parallel
+from megatron_smol.recipe.speed import Calibration, StepTime, step_time
+from megatron_smol.recipe.traffic import Traffic, traffic
 
-# NVIDIA's data sheet for H100 SXM, dense bf16. Of it, 40 % is what good public runs of 1-2B models reach
-# (llm-foundry's 1.3B: 41.8 %; Megatron-LM's 2B: 41 %).
-H100_BF16_FLOPS = 989e12
-ASSUMED_MFU = 0.40
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest pipeline rank."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+__all__ = ["Memory", "Traffic", "embedding_parameters", "flops_per_token", "stage_traffic"]
 
 
 @dataclass(frozen=True)
 class Compute:
     """FLOPs and time of the whole plan, branches included."""
 
-    flops: float
+    flops: float  # causal attention counted half, as Megatron does
+    flops_full: float  # attention counted in full, as PaLM does
     gpu_hours: float
     tokens_per_second_per_gpu: float  # average over the plan
-    assumed: bool  # the speed was not given, but taken from ASSUMED_MFU
+    assumed: bool  # the speed was not given, but comes from the model of `speed`
+    device: str
 
 
 @dataclass(frozen=True)
@@ -51,92 +41,59 @@ class Disk:
     bytes_at_once: int  # kept, the last intervals, and the one being written
 
 
-def embedding_parameters(model: Model) -> int:
-    """vocab * hidden, twice when the output layer is not tied."""
-    return model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-
-
-def linear_weights_per_layer(model: Model) -> int:
-    """q and output h*h each, k and v h*kv each, SwiGLU's three h*f."""
-    h, kv = model.hidden_size, model.kv_heads * model.head_dim
-    return 2 * h * h + 2 * h * kv + 3 * h * model.ffn_size
-
-
-def flops_per_token(model: Model, seq_length: int, causal: bool = True) -> float:
-    """Forward and backward: 6 per weight of linears and output layer, plus attention 12*L*h*s.
-
-    `causal` halves attention, which is what is computed and how Megatron counts it; the full count is PaLM's
-    (Chowdhery et al. 2022, appendix B) and llm-foundry's.
-    """
-    weights = model.layers * linear_weights_per_layer(model) + model.vocab_size * model.hidden_size
-    attention = 12 * model.layers * model.hidden_size * seq_length
-    return 6 * weights + (attention / 2 if causal else attention)
-
-
 def data_parallel(parallel: Parallel) -> int:
-    """World size / (tp * pp), one where the recipe gives no `gpus`."""
-    return max((parallel.gpus or 0) // (parallel.tp * parallel.pp), 1)
+    """World size / (tp * pp * cp), one where the recipe gives no `gpus`."""
+    return Layout.of(parallel).dp
+
+
+def kernels(parallel: Parallel) -> Kernels:
+    """A recipe that names GPUs is counted as on GPUs with Transformer Engine, any other as on the CPU."""
+    return "cpu" if parallel.gpus is None else "te"
 
 
 def memory_per_gpu(model: Model, parallel: Parallel, stage: StagePlan) -> Memory:
-    """Peak bytes on the fullest pipeline rank, no recomputation, attention without stored scores.
-
-    Per weight: bf16 and FP8 2 (weight) + 4 (fp32 gradient) + 12 (fp32 copy and two moments) = 18 bytes; fp32
-    4 + 4 + 8 = 16; FP8 2 more per linear weight (cast copy and its transpose). The distributed optimizer
-    divides the optimizer's part by the data-parallel ranks.
-    """
-    ranks = (_rank_memory(model, parallel, stage, position) for position in {0, parallel.pp - 1})
-    return max(ranks, key=lambda memory: memory.total)
+    """Peak bytes on the fullest pipeline rank."""
+    return memory(model, Layout.of(parallel), stage, kernels(parallel))
 
 
-def _rank_memory(model: Model, parallel: Parallel, stage: StagePlan, position: int) -> Memory:
-    tp, pp = parallel.tp, parallel.pp
-    first, last = position == 0, position == pp - 1
-    layers = model.layers // pp
-    linears = layers * linear_weights_per_layer(model) / tp
-    tables = 1 if model.tied_embeddings and pp == 1 else first + last
-    weights = (
-        linears + tables * model.vocab_size * model.hidden_size / tp + (2 * layers + last) * model.hidden_size
-    )
-    fp32 = stage.precision == "fp32"
-    extra_fp8 = 2 * linears if stage.precision.startswith("fp8") else 0
-    return Memory(
-        weights=(4 if fp32 else 2) * weights + extra_fp8,
-        gradients=4 * weights,
-        optimizer=(8 if fp32 else 12) * weights / data_parallel(parallel),
-        activations=_activations(model, parallel, stage, position),
-    )
+def stage_traffic(model: Model, parallel: Parallel, stage: StagePlan) -> Traffic:
+    """Bytes that a rank sends in one step of the stage."""
+    return traffic(model, Layout.of(parallel), stage)
 
 
-def _activations(model: Model, parallel: Parallel, stage: StagePlan, position: int) -> float:
-    """Bytes kept for the backward pass: Korthikanti et al. 2022, for SwiGLU, grouped queries, no scores.
-
-    Per token and layer, in elements: two norm inputs and two norm outputs (4h, over tp only with sequence
-    parallel), q, k, v and the attention's output (2h + 2kv, over tp), gate, up and their product (3f, over
-    tp). With 1F1B, rank p of a pipeline holds pp - p micro-batches. The last rank adds logits: in bf16 2 + 4
-    (fp32 softmax) + 2 (gradient) bytes.
-    """
-    tp, pp = parallel.tp, parallel.pp
-    width = 4 if stage.precision == "fp32" else 2
-    tokens = stage.micro_batch * stage.seq_length
-    residual = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    split = (2 * model.hidden_size + 2 * model.kv_heads * model.head_dim + 3 * model.ffn_size) / tp
-    in_flight = min(
-        pp - position, max(stage.global_batch // (stage.micro_batch * data_parallel(parallel)), 1)
-    )
-    kept = tokens * width * (residual + split) * (model.layers // pp) * in_flight
-    return kept + (tokens * model.vocab_size / tp * (2 * width + 4) if position == pp - 1 else 0)
+def stage_time(
+    model: Model,
+    parallel: Parallel,
+    stage: StagePlan,
+    device: Device = DEVICES[DEFAULT],
+    calibration: Calibration | None = None,
+) -> StepTime:
+    """Modelled seconds of one step of the stage."""
+    return step_time(model, Layout.of(parallel), stage, device, calibration)
 
 
-def compute(plan: Plan, tokens_per_second_per_gpu: float | None = None) -> Compute:
-    """GPU-hours of all stages at a given speed, or at ASSUMED_MFU of an H100 where none is given."""
-    flops = [flops_per_token(plan.recipe.model, stage.seq_length) * stage.tokens for stage in plan.stages]
+def compute(
+    plan: Plan,
+    tokens_per_second_per_gpu: float | None = None,
+    device: Device = DEVICES[DEFAULT],
+    calibration: Calibration | None = None,
+) -> Compute:
+    """GPU-hours of all stages at a given speed, or at the modelled speed of each stage where none is given."""
+    model, parallel = plan.recipe.model, plan.recipe.parallel
+    both = [
+        sum(flops_per_token(model, stage.seq_length, causal) * stage.tokens for stage in plan.stages)
+        for causal in (True, False)
+    ]
     tokens = sum(stage.tokens for stage in plan.stages)
-    if tokens_per_second_per_gpu is None:
-        seconds = sum(flops) / (ASSUMED_MFU * H100_BF16_FLOPS)
-    else:
+    if tokens_per_second_per_gpu is not None:
         seconds = tokens / tokens_per_second_per_gpu
-    return Compute(sum(flops), seconds / 3600, tokens / seconds, tokens_per_second_per_gpu is None)
+    else:
+        seconds = sum(
+            stage.tokens / stage_time(model, parallel, stage, device, calibration).tokens_per_second_per_gpu
+            for stage in plan.stages
+        )
+    assumed = tokens_per_second_per_gpu is None
+    return Compute(both[0], both[1], seconds / 3600, tokens / seconds, assumed, device.name)
 
 
 def checkpoint_bytes(model: Model, precision: str) -> int:

@@ -13,12 +13,14 @@ branch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 from megatron_smol.data.blend import Blend
 from megatron_smol.data.manifest import tokens_on_disk
 from megatron_smol.data.order import Cursor, SourceOrder
+from megatron_smol.data.stream import Stream
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.problems import Problem, find_problems
 from megatron_smol.recipe.schema import LearningRate, Recipe, Stage
@@ -55,6 +57,7 @@ class StagePlan:
     draws: dict[str, int]  # windows that each source of the mixture gives in this stage
     skipped_tokens: dict[str, int]  # left unread at the start, because seq_length changed
     tokens_before: dict[str, int]  # read from every source of the recipe along the lineage, before this stage
+    foreign_order: Stream | None = None  # in place of weights and cursors: the order of an older run
 
     @property
     def steps(self) -> int:
@@ -152,9 +155,8 @@ def make_plan(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> Plan:
     stages: list[StagePlan] = []
     for stage in recipe.stages:
         stages.append(_plan_stage(recipe, stage, stages, orders))
-    schedules = _schedules(recipe, stages)
-    plan = Plan(recipe, known, orders, tuple(stages), schedules, ())
-    return Plan(recipe, known, orders, tuple(stages), schedules, tuple(find_problems(plan)))
+    plan = Plan(recipe, known, orders, tuple(stages), _schedules(recipe, stages), ())
+    return replace(plan, problems=(*find_problems(plan), *_held_out_problems(plan)))
 
 
 def resolve_sizes(recipe: Recipe) -> dict[str, int]:
@@ -206,8 +208,8 @@ def _plan_stage(
         else {n: order.start() for n, order in orders.items()}
     )
     tokens_before = _tokens_at(parent, start_step, orders) if parent else dict.fromkeys(orders, 0)
-    skipped = {}
-    for name in stage.mixture:
+    foreign, skipped = _foreign_order(recipe, stage), dict.fromkeys(stage.mixture, 0)
+    for name in stage.mixture if foreign is None else ():
         cursors[name], skipped[name] = orders[name].enter(cursors[name], settings.seq_length)
     return StagePlan(
         index=len(before),
@@ -220,9 +222,10 @@ def _plan_stage(
         end_tokens=start_tokens + steps * settings.seq_length * settings.global_batch,
         weights=dict(stage.mixture),
         cursors=cursors,
-        draws=_draws(stage.mixture, steps * settings.global_batch),
+        draws=_draws(stage.mixture, foreign, steps * settings.global_batch),
         skipped_tokens=skipped,
         tokens_before=tokens_before,
+        foreign_order=foreign,
         **settings.model_dump(),
     )
 
@@ -265,20 +268,46 @@ def _steps(stage: Stage, start_step: int, start_tokens: int, tokens_per_step: in
     return steps
 
 
-def _draws(weights: Mapping[str, Fraction], samples: int) -> dict[str, int]:
-    counts = Blend(weights).counts(samples)
-    return {name: counts[name] for name in weights}
+def _foreign_order(recipe: Recipe, stage: Stage) -> Stream | None:
+    """The order of the older run that the stage continues, if it does."""
+    order = stage.megatron_order
+    if order is None:
+        return None
+    from megatron_smol.data.megatron_order import find_blend
+
+    paths = {name: recipe.sources[name].path for name in stage.mixture}
+    length = recipe.training_of(stage).seq_length
+    try:
+        return find_blend(Path(order.cache), order.blend, order.start_sample, length, stage.mixture, paths)
+    except UserError as error:
+        raise type(error)(f"stages.{stage.name}.megatron_order: {error}") from None
+
+
+def _draws(weights: Mapping[str, Fraction], foreign: Stream | None, samples: int) -> dict[str, int]:
+    if foreign is None:
+        counts = Blend(weights).counts(samples)
+    else:
+        counts = {name: sum(by_epoch.values()) for name, by_epoch in foreign.use(samples).items()}
+    return {name: counts.get(name, 0) for name in weights}
 
 
 def _cursors_at(stage: StagePlan, step: int, orders: Mapping[str, SourceOrder]) -> dict[str, Cursor]:
     """Where every source stands after lineage step `step` of `stage`."""
-    counts = _draws(stage.weights, (step - stage.start_step) * stage.global_batch)
+    samples = (step - stage.start_step) * stage.global_batch
+    if stage.foreign_order is not None:
+        # Which windows of our order it has read cannot be told: our order goes on with an epoch of its own.
+        used = stage.foreign_order.use(samples)
+        return {
+            name: order.start_of_epoch(max(used[name]) + 1) if name in used else stage.cursors[name]
+            for name, order in orders.items()
+        }
+    counts = _draws(stage.weights, None, samples)
     return {name: order.advance(stage.cursors[name], counts.get(name, 0)) for name, order in orders.items()}
 
 
 def _tokens_at(stage: StagePlan, step: int, orders: Mapping[str, SourceOrder]) -> dict[str, int]:
     """Tokens read from every source along the lineage up to lineage step `step` of `stage`."""
-    counts = _draws(stage.weights, (step - stage.start_step) * stage.global_batch)
+    counts = _draws(stage.weights, stage.foreign_order, (step - stage.start_step) * stage.global_batch)
     return {name: stage.tokens_before[name] + counts.get(name, 0) * stage.seq_length for name in orders}
 
 
@@ -321,6 +350,19 @@ def trunk_tokens(amount: Amount, trunk: list[StagePlan] | tuple[StagePlan, ...])
         return amount.value
     stage = next((stage for stage in trunk if amount.value <= stage.end_step), trunk[-1])
     return stage.tokens_at(amount.value)
+
+
+def _held_out_problems(plan: Plan) -> list[Problem]:
+    held_out = plan.recipe.data.holdout_tokens
+    return [
+        Problem(
+            "warning",
+            f"stage '{stage.name}' reads in the order of an older run, which does not know data.holdout_tokens: "
+            f"it may train on the last {held_out:,} tokens of each source, which validation uses",
+        )
+        for stage in plan.stages
+        if stage.foreign_order is not None and held_out
+    ]
 
 
 def _length(stage: StagePlan) -> str:

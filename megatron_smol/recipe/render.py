@@ -17,6 +17,7 @@ from rich.text import Text
 
 from megatron_smol.recipe import estimate
 from megatron_smol.recipe.document import lr_boundaries, to_json
+from megatron_smol.recipe.memory import Layout
 from megatron_smol.recipe.plan import ROUNDING_RULE, Plan, StagePlan
 from megatron_smol.recipe.units import format_bytes, format_tokens
 
@@ -148,22 +149,12 @@ def _print_reading(console: Console, plan: Plan) -> None:
 
 def _print_costs(console: Console, plan: Plan, tokens_per_second_per_gpu: float | None) -> None:
     """Memory, disk and time; time only where there are GPUs or a speed to count with."""
-    model, parallel, disk = plan.recipe.model, plan.recipe.parallel, estimate.disk(plan)
-    memories = [(estimate.memory_per_gpu(model, parallel, stage), stage) for stage in plan.stages]
-    memory, stage = max(memories, key=lambda pair: pair[0].total)
+    parallel, disk = plan.recipe.parallel, estimate.disk(plan)
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(
-        "memory per rank",
-        f"[cyan]{format_bytes(memory.total)}[/] (+-15 %) in {stage.name}: {format_bytes(memory.weights)} "
-        f"weights, "
-        f"{format_bytes(memory.gradients)} gradients, {format_bytes(memory.optimizer)} optimizer, "
-        f"{format_bytes(memory.activations)} activations",
-    )
+    _add_memory(grid, plan)
     dp = f"dp {estimate.data_parallel(parallel)}" if parallel.gpus else "dp as launched"
-    grid.add_row(
-        "layout",
-        f"tp {parallel.tp}, pp {parallel.pp}, {dp}, no recomputation, optimizer state sharded over dp",
-    )
+    layout = Layout.of(parallel)
+    grid.add_row("layout", f"{str(layout).replace(f'dp {layout.dp}', dp)}{_sharding(layout)}")
     grid.add_row(
         "checkpoints",
         f"[cyan]{disk.written:,}[/] of {format_bytes(disk.bytes_each)} written, every "
@@ -171,20 +162,64 @@ def _print_costs(console: Console, plan: Plan, tokens_per_second_per_gpu: float 
         f"{disk.kept} kept for good; at most {format_bytes(disk.bytes_at_once)} on disk",
     )
     if parallel.gpus is not None or tokens_per_second_per_gpu is not None:
-        cost = estimate.compute(plan, tokens_per_second_per_gpu)
-        hours = f"[cyan]{cost.gpu_hours:,.0f}[/] GPU-hours"
-        days = (
-            f", [cyan]{cost.gpu_hours / parallel.gpus / 24:.1f}[/] days on {parallel.gpus} GPUs"
-            if parallel.gpus
-            else ""
-        )
-        basis = f"assumed, {estimate.ASSUMED_MFU:.0%} of an H100's 989 TFLOP/s" if cost.assumed else "given"
-        grid.add_row(
-            "time", f"{hours}{days}, at {cost.tokens_per_second_per_gpu:,.0f} tokens/s per GPU ({basis})"
-        )
-        grid.add_row("compute", f"{cost.flops:.3g} FLOPs = 6 x (weights + layers x hidden x length) x tokens")
+        _add_time(grid, plan, tokens_per_second_per_gpu)
     console.print("\n[bold]Costs[/]")
     console.print(grid)
+
+
+def _sharding(layout: Layout) -> str:
+    return ", optimizer state sharded over dp" if layout.distributed_optimizer else ", optimizer state whole"
+
+
+def _add_memory(grid: Table, plan: Plan) -> None:
+    """Of the stage that needs most, on its fullest rank."""
+    model, parallel = plan.recipe.model, plan.recipe.parallel
+    memories = [(estimate.memory_per_gpu(model, parallel, stage), stage) for stage in plan.stages]
+    memory, stage = max(memories, key=lambda pair: pair[0].total)
+    where = "Transformer Engine" if estimate.kernels(parallel) == "te" else "on the CPU"
+    grid.add_row(
+        "memory per rank",
+        f"[cyan]{format_bytes(memory.total)}[/] in {stage.name} ({where}): {format_bytes(memory.weights)} "
+        f"weights, {format_bytes(memory.gradients)} gradients, {format_bytes(memory.optimizer)} optimizer, "
+        f"{format_bytes(memory.activations)} activations, {format_bytes(memory.logits)} logits, "
+        f"{format_bytes(memory.workspace)} workspace",
+    )
+
+
+def _add_time(grid: Table, plan: Plan, tokens_per_second_per_gpu: float | None) -> None:
+    """GPU-hours and days, FLOPs in both conventions, and what a rank sends."""
+    model, parallel = plan.recipe.model, plan.recipe.parallel
+    cost = estimate.compute(plan, tokens_per_second_per_gpu)
+    days = (
+        f", [cyan]{cost.gpu_hours / parallel.gpus / 24:.1f}[/] days on {parallel.gpus} GPUs"
+        if parallel.gpus
+        else ""
+    )
+    basis = f"modelled for {cost.device}; --fit compares layouts" if cost.assumed else "given"
+    grid.add_row(
+        "time",
+        f"[cyan]{cost.gpu_hours:,.0f}[/] GPU-hours{days}, at {cost.tokens_per_second_per_gpu:,.0f} tokens/s per GPU "
+        f"({basis})",
+    )
+    grid.add_row(
+        "compute",
+        f"{cost.flops:.3g} FLOPs = 6 x (weights + layers x hidden x length) x tokens, attention's causal half; "
+        f"{cost.flops_full:.3g} with all of it (PaLM)",
+    )
+    stage = plan.stages[0]
+    sent = _traffic_parts(estimate.stage_traffic(model, parallel, stage))
+    parts = [f"{format_bytes(count)} {what}" for what, count in sent if count]
+    grid.add_row("sent per step", f"by a rank in {stage.name}: {', '.join(parts) or 'nothing'}")
+
+
+def _traffic_parts(sent: estimate.Traffic) -> list[tuple[str, float]]:
+    return [
+        ("gradients", sent.gradients),
+        ("updated weights", sent.parameters),
+        ("tensor parallel", sent.tensor),
+        ("pipeline", sent.pipeline),
+        ("context parallel", sent.context),
+    ]
 
 
 def _print_problems(console: Console, plan: Plan) -> None:

@@ -159,6 +159,19 @@ class StageLR(Section):
     shape: Shape = field("path from start to end", "linear")
 
 
+class MegatronOrder(Section):
+    """The data order of an older run of Megatron-LM, from the index files in its cache, to continue it exactly.
+
+    The mixture must say what that run mixed. The ledger counts from here on.
+    """
+
+    cache: str = field(
+        "folder of the index files: the old run's --data-cache-path, or the cache beside its data"
+    )
+    start_sample: int = field("samples of that order that the old run consumed", 0, "samples", ge=0)
+    blend: str | None = field("hash in the file names, where the cache holds several runs", None)
+
+
 class Stage(Section):
     """A stretch of training with one mixture. It follows the stage before it, or branches off with `from`."""
 
@@ -174,6 +187,7 @@ class Stage(Section):
         "weight of each source; groups {weight, of: {...}} allowed; sums to 1 (+-1e-6)",
         unit="share of windows",
     )
+    megatron_order: MegatronOrder | None = field("read in the order of an older run; absent: our own", None)
     lr: StageLR | None = field("own learning rate; absent: the recipe's schedule goes on", None)
     seq_length: int | None = field("overrides training.seq_length", None, "tokens", gt=0)
     rope_base: Float | None = field("overrides training.rope_base", None, gt=0)
@@ -210,12 +224,38 @@ class Optimizer(Section):
 
 
 class Parallel(Section):
-    """Layout of the ranks. Data parallel is what remains: world size / (tp * pp); it shards the optimizer."""
+    """Layout of the ranks: none of it moves the data, and losses differ by rounding only.
+
+    Data parallel is what remains: world size / (tp * pp * cp).
+    """
 
     tp: int = field("tensor parallel ranks", 1, gt=0)
     pp: int = field("pipeline parallel ranks", 1, gt=0)
+    cp: int = field("context parallel ranks: they share the tokens of each window", 1, gt=0)
+    vpp: int = field(
+        "virtual pipeline: parts of the model on each pipeline rank; more parts, a smaller bubble", 1, gt=0
+    )
     sequence_parallel: bool = field("split norms and residuals over the tp ranks as well", False)
+    cp_comm: Literal["ring", "all_gather"] = field(
+        "how keys come to the queries of other cp ranks; with document_mask always all_gather", "ring"
+    )
+    recompute: Literal["none", "selective", "full"] = field(
+        "activations computed again in the backward pass: none, those of attention, or all but each layer's input",
+        "none",
+    )
+    distributed_optimizer: bool = field(
+        "shard the optimizer over data-parallel ranks; its checkpoints load at any layout", True
+    )
+    overlap: bool | None = field(
+        "hide data-parallel communication behind computation; absent: on GPUs, with more than one data-parallel rank",
+        None,
+    )
     gpus: int | None = field("world size the plan assumes; a run takes its own from the launcher", None, gt=0)
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one copy of the model and one window: tp * pp * cp."""
+        return self.tp * self.pp * self.cp
 
 
 class Save(Section):
@@ -232,49 +272,91 @@ class Eval(Section):
 
 
 class Sft(Section):
-    """Supervised fine-tuning, by SmolLM2's settings. Checked here, carried out by a later release."""
+    """Supervised fine-tuning (`smol sft`), by SmolLM2's settings. Some depend on the model's size."""
 
-    dataset: str = field("chat dataset: hub name or local JSONL", "HuggingFaceTB/smoltalk")
+    dataset: str | None = field(
+        "conversations, rows with `messages`: JSONL or parquet, or a hub name as OWNER/NAME:CONFIG:SPLIT; "
+        "default: HuggingFaceTB/smoltalk (1.7B), HuggingFaceTB/smol-smoltalk (360M, 135M)",
+        None,
+    )
     epochs: Float = field("passes over the dataset", 2.0, "epochs", gt=0)
-    lr: Float = field("peak LR", 3e-4, gt=0)
+    lr: Float | None = field("peak LR; default: 3e-4 (1.7B), 1e-3 (360M, 135M)", None, gt=0)
     scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
-    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, le=1)
-    global_batch: int = field("sequences per step", 128, "sequences", gt=0)
-    micro_batch: int = field("sequences per forward pass", 4, "sequences", gt=0)
-    seq_length: int = field("longest sequence", 8192, "tokens", gt=0)
-    packing: bool = field("join conversations to full sequences", True)
+    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, lt=1)
+    global_batch: int = field("sequences per step, over all ranks", 128, "sequences", gt=0)
+    micro_batch: int = field("sequences per forward pass on one rank", 4, "sequences", gt=0)
+    seq_length: int | None = field(
+        "longest sequence; default: 8192, or the model's own limit when that is shorter", None, "tokens", gt=1
+    )
+    packing: bool = field("join conversations to full sequences, and cut there, as SmolLM2 did", True)
     loss_on: Literal["all", "assistant"] = field("tokens that carry loss; SmolLM2 used all", "all")
     beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
-    precision: Precision = field("arithmetic", "bf16")
-    seed: int = field("seed of shuffling", 42, ge=0)
+    precision: Literal["bf16", "fp32"] | None = field(
+        "arithmetic of the matrix products and weights of the output; default: bf16 on a GPU, fp32 on a CPU",
+        None,
+    )
+    seed: int = field("seed of shuffling and of the held-out rows", 42, ge=0, lt=2**32)
+    heldout_rows: int = field(
+        "rows kept from training and evaluated; at most a tenth of the data", 500, "rows", ge=0
+    )
+    save_every: Steps = field("interval of evaluation and of checkpoints to resume from", 100, "steps", ge=1)
 
 
 class Dpo(Section):
-    """Direct preference optimisation, by SmolLM2's settings. Checked here, carried out by a later release."""
+    """Direct preference optimisation (`smol dpo`), by SmolLM2's settings. Some depend on the model's size."""
 
-    dataset: str = field(
-        "preference dataset: hub name or local JSONL", "HuggingFaceH4/ultrafeedback_binarized"
+    dataset: str | None = field(
+        "preferences, rows with `prompt`, `chosen`, `rejected`: JSONL or parquet, or a hub name as "
+        "OWNER/NAME:CONFIG:SPLIT; default: HuggingFaceH4/ultrafeedback_binarized",
+        None,
     )
-    epochs: Float = field("passes over the dataset", 2.0, "epochs", gt=0)
+    epochs: Float | None = field(
+        "passes over the dataset; default: 3 (1.7B), 2 (360M, 135M)", None, "epochs", gt=0
+    )
     lr: Float = field("peak LR", 1e-6, gt=0)
     beta: Float = field("strength of the pull towards the reference model", 0.5, gt=0)
     loss: Literal["sigmoid"] = field("DPO loss", "sigmoid")
     scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
-    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, le=1)
-    global_batch: int = field("pairs per step", 128, "pairs", gt=0)
-    micro_batch: int = field("pairs per forward pass", 2, "pairs", gt=0)
-    seq_length: int = field("longest prompt and answer together", 1024, "tokens", gt=0)
-    prompt_length: int = field("longest prompt, cut from the left", 512, "tokens", gt=0)
+    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, lt=1)
+    global_batch: int = field("pairs per step, over all ranks", 128, "pairs", gt=0)
+    micro_batch: int = field("pairs per forward pass on one rank", 2, "pairs", gt=0)
+    seq_length: int | None = field(
+        "longest prompt and answer together; default: 1024, or the model's own limit when that is shorter",
+        None,
+        "tokens",
+        gt=1,
+    )
+    prompt_length: int | None = field(
+        "longest prompt, cut from the left; default: half of seq_length (512)", None, "tokens", gt=0
+    )
     beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
-    precision: Precision = field("arithmetic", "bf16")
-    seed: int = field("seed of shuffling", 42, ge=0)
+    precision: Literal["bf16", "fp32"] | None = field(
+        "arithmetic of the matrix products and weights of the output; default: bf16 on a GPU, fp32 on a CPU",
+        None,
+    )
+    seed: int = field("seed of shuffling and of the held-out pairs", 42, ge=0, lt=2**32)
+    heldout_rows: int = field(
+        "pairs kept from training and evaluated; at most a tenth of the data", 500, "pairs", ge=0
+    )
+    save_every: Steps = field("interval of evaluation and of checkpoints to resume from", 100, "steps", ge=1)
 
 
 class Tail(Section):
-    """What follows pretraining. Checked here, carried out by a later release."""
+    """What follows pretraining: settings of `smol sft` and `smol dpo`, where they are not SmolLM2's own."""
 
     sft: Sft | None = field("supervised fine-tuning", None)
     dpo: Dpo | None = field("direct preference optimisation", None)
+
+
+class InitFrom(Section):
+    """Start from another model's weights: continued pretraining, annealing. Recorded in run_dir/init_from.json."""
+
+    path: str = field("checkpoint or run folder of the same model, or a Hugging Face folder (weights only)")
+    what: Literal["weights", "weights+optimizer", "all"] = field(
+        "weights: data and schedule start fresh; weights+optimizer: AdamW's moments too; all: also the place in "
+        "data, ledger and schedule, to go on with that run's recipe in another run_dir",
+        "weights",
+    )
 
 
 class Recipe(Section):
@@ -285,6 +367,7 @@ class Recipe(Section):
     run_dir: str = field("folder for checkpoints, metrics and the report")
     tokenizer: str = field("hub name or local folder with tokenizer.json")
     model: Model = field("the network")
+    init_from: InitFrom | None = field("another model to start from; absent: random weights", None)
     data: Data = field("what fixes the data order", Data())
     sources: dict[Name, Source] = field("the corpora, by name", min_length=1)
     training: Training = field("settings of every stage that does not set its own")

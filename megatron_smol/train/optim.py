@@ -1,8 +1,8 @@
 """megatron-core's AdamW with its states sharded over data-parallel ranks.
 
 SmolLM2 decayed all parameters, norms and embeddings included (nanotron of 2024 had no exclusion); Megatron's habit of sparing
-1-D parameters is the option `decay_norms: false`. The distributed optimizer is used on every layout, one
-rank included: its checkpoint format is the one that reshards to any other.
+1-D parameters is the option `decay_norms: false`. The distributed optimizer is used on every layout, one rank
+included, unless the recipe says no: its checkpoint format is the one that reshards to any other.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from megatron_smol.model.precision import Precision
 from megatron_smol.recipe.schema import Optimizer
 
 
-def ddp_config(overlap: bool) -> DistributedDataParallelConfig:
+def ddp_config(overlap: bool, distributed: bool) -> DistributedDataParallelConfig:
     """fp32 gradient accumulation and reduction (huggingface/smollm, the pretraining YAMLs); overlap hides NCCL behind the backward pass."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
+        overlap_param_gather=overlap and distributed,
     )
 
 
 def build_optimizer(
-    model: DistributedDataParallel, recipe: Optimizer, precision: Precision
+    model: list[DistributedDataParallel], recipe: Optimizer, precision: Precision
 ) -> MegatronOptimizer:
-    """AdamW over `model`'s gradient buffers; the learning rate is set anew each step (`set_learning_rate`)."""
+    """AdamW over the gradient buffers of this rank's parts of the model; the learning rate is set anew each step (`set_learning_rate`)."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -43,10 +43,10 @@ def build_optimizer(
         clip_grad=recipe.clip,
         bf16=precision.bf16,
         params_dtype=precision.params_dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
     )
     spared = {} if recipe.decay_norms else {_NORMS: {"wd_mult": 0.0}}
-    optimizer = get_megatron_optimizer(config, [model], config_overrides=spared)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=spared)
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
     _allocate_moments(optimizer)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megatron_smol.checkpoint import folder
 from megatron_smol.checkpoint.agree import together
-from megatron_smol.data.loader import check_divisible
+from megatron_smol.data.loader import check_divisible, check_packed
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenizer import load_tokenizer
 from megatron_smol.errors import EXIT_RESTART_ME, DataError, UserError
@@ -29,7 +29,7 @@ from megatron_smol.recipe.units import format_tokens
 from megatron_smol.train.monitor import Metrics, StepLog
 from megatron_smol.train.signals import StopFlag
 from megatron_smol.train.state import open_run_folder, versions, write_text
-from megatron_smol.train.step import Engine, init_parallel
+from megatron_smol.train.step import Engine, check_virtual_pipeline, init_parallel
 from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 
@@ -41,13 +41,16 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     """
     for name in {recipe.training_of(stage).precision for stage in recipe.stages}:
         precision(name).require(backend())
-    init_parallel(recipe.parallel.tp, recipe.parallel.pp)
+    layout = recipe.parallel
+    init_parallel(layout.tp, layout.pp, layout.cp, layout.vpp)
     with together("opening the sources"):
         sources = open_sources(recipe)
     plan = make_plan(recipe, {name: source.tokens for name, source in sources.items()})
     plan.require_no_errors()
     for stage in plan.stages:
         check_divisible(stage, parallel_state.get_data_parallel_world_size())
+        check_packed(stage, sources)
+        check_virtual_pipeline(recipe.parallel, stage)
         if stage.document_mask and backend().transformer_engine:
             raise UserError(
                 f"stage '{stage.name}' sets document_mask, which Transformer Engine's attention would ignore as it is "
@@ -122,7 +125,11 @@ def _start_or_resume(trainer: Trainer) -> None:
     world = torch.distributed.get_world_size()
     trainer.say(f"{world} rank{'s' if world > 1 else ''}: {backend().describe()}")
     if chosen[0] is None:
-        trainer.say("no checkpoint found: training starts at step 0")
+        if trainer.plan.recipe.init_from:
+            from megatron_smol.train.init_from import initialise
+
+            initialise(trainer, trainer.plan.recipe.init_from)
+        trainer.say(f"no checkpoint found: training starts at step {trainer.state.step}")
     else:
         trainer.resume(folder.read_checkpoint(Path(chosen[0])))
         trainer.say(f"resumed from {chosen[0]}")

@@ -37,7 +37,7 @@ class TrainState:
     def progress(self) -> tuple[int, int]:
         return self.stage_index, self.step
 
-    def to_json(self, plan: Plan, layout: dict[str, int], data: dict[str, Any]) -> dict[str, Any]:
+    def to_json(self, plan: Plan, layout: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """What state.json of a checkpoint holds. data: `TokenSource.identity` of every source."""
         stage, recipe = plan.stages[self.stage_index], plan.recipe
         return {

@@ -158,7 +158,8 @@ class Trainer:
         self.state.hooks = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
         path = self.checkpoints / folder.checkpoint_name(self.stage.name, self.state.step)
         parallel = self.plan.recipe.parallel
-        layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": self.share.size}
+        names = ("tp", "pp", "vpp", "cp", "distributed_optimizer")
+        layout = {name: getattr(parallel, name) for name in names} | {"dp": self.share.size}
         parameters = self.plan.recipe.model.parameters()
         store.save(self.engine, path, self.state.to_json(self.plan, layout, self.data), parameters)
         with together("removing old checkpoints", only_rank=0) as mine:

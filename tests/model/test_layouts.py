@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from tests import ranks
-from tests.helpers import run_ranks
+from tests import parity
+from tests.layouts import LAYOUTS, Layout
+from tests.parity import one_process, run
 
-STEPS = 20
-ONE_PROCESS: dict[bool, Any] = {}
-
-
-def one_process(tied: bool = True) -> Any:
-    if tied not in ONE_PROCESS:
-        ONE_PROCESS[tied] = run_ranks(ranks.curve, 1, 1, 1, False, STEPS, "fp32", tied)[0]
-    return ONE_PROCESS[tied]
+DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
 
 
-@pytest.mark.parametrize(
-    ("world", "tp", "pp", "sequence_parallel"),
-    [
-        (2, 2, 1, False),
-        (2, 1, 2, False),
-        (2, 1, 1, False),
-        (2, 2, 1, True),
-        (4, 2, 2, True),
-        (4, 1, 2, False),
-    ],
-    ids=["TP2", "PP2", "DP2", "TP2-SP", "TP2-PP2-SP", "PP2-DP2"],
-)
-def test_losses_equal_one_process(world: int, tp: int, pp: int, sequence_parallel: bool) -> None:
-    curves = run_ranks(ranks.curve, world, tp, pp, sequence_parallel, STEPS)
-    assert all(curve == curves[0] for curve in curves), "ranks report different losses"
-    for found, expected in zip(curves[0], one_process(), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
-    losses = [loss for loss, _ in curves[0]]
-    assert losses[-1] < losses[0] - 0.5, "nothing was learnt, so equal losses say nothing"
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_trains_like_one_process(layout: Layout) -> None:
+    result = run(layout)
+    assert result.same_weights, "initial weights depend on the layout"
+    assert result.same_on_all_ranks, "ranks report different losses"
+    assert result.loss_difference < 1e-5
+    assert result.norm_difference < 1e-5
 
 
-def test_untied_embeddings_on_a_pipeline() -> None:
-    curve = run_ranks(ranks.curve, 2, 1, 2, False, STEPS, "fp32", False)[0]
-    for found, expected in zip(curve, one_process(tied=False), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+def test_the_reference_learns() -> None:
+    *losses, validation = (loss for loss, _ in one_process(Layout(1))[1])
+    assert max(losses[-1], validation) < losses[0] - 0.5, "nothing was learnt, so equal losses say nothing"
+
+
+def test_document_masks_change_the_loss() -> None:
+    plain, masked = (one_process(Layout(1, document_mask=mask))[1] for mask in (False, True))
+    assert plain[0] != masked[0], "the mask does nothing, so its layouts prove nothing"
 
 
 def test_bf16_follows_fp32() -> None:
-    curve = run_ranks(ranks.curve, 2, 2, 1, False, STEPS, "bf16")[0]
-    assert curve != one_process(), "bf16 asked for, fp32 ran"
-    for (found, _), (expected, _) in zip(curve, one_process(), strict=True):
-        assert found == pytest.approx(expected, rel=2e-2)
+    curve = run(Layout(2, {"tp": 2}), "bf16").curve
+    expected = one_process(Layout(1))[1]
+    assert curve != expected, "bf16 asked for, fp32 ran"
+    for (found, _), (loss, _) in zip(curve, expected, strict=True):
+        assert found == pytest.approx(loss, rel=2e-2)
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(2, 2, 1), (2, 1, 2), (4, 2, 2)])
-def test_initial_weights_do_not_depend_on_the_layout(world: int, tp: int, pp: int) -> None:
-    expected = run_ranks(ranks.initial_weights, 1, 1, 1)[0]
-    found: dict[str, Any] = {}
-    for part in run_ranks(ranks.initial_weights, world, tp, pp):
-        for name, weight in part.items():
-            assert found.setdefault(name, weight) == weight, f"{name} differs between ranks"
-    assert found == expected
+def test_the_documented_table_has_these_layouts() -> None:
+    rows = [line.split("|")[1].strip() for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1:] == [layout.name for layout in LAYOUTS], "run `make parity`"
+    assert parity.STEPS == 20

@@ -165,7 +165,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "parallel.pp is 3, which does not divide model.layers (4); pp allowed for this model: 1, 2, 4",
     ),
     ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel is true, but parallel.tp is 1"),
-    ({"parallel.gpus": 3, "parallel.tp": 2}, "parallel.gpus is 3, which is not divisible by tp * pp (2)"),
+    (
+        {"parallel.gpus": 3, "parallel.tp": 2},
+        "parallel.gpus is 3, which is not divisible by tp * pp * cp (2)",
+    ),
     # lengths and batches
     (
         {"stages.2.seq_length": 100},
