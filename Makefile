@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: install demo test bench parity check docs clean help
+.PHONY: install demo test bench parity faults check docs clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,6 +32,9 @@ test: install  ## all tests (about 8 minutes on 2 cores; TESTS=tests/data for a 
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
 	$(BIN)/python -m bench
+
+faults: install  ## kills, lost nodes, preemption, ... under a real Slurm on this machine (root and Slurm needed)
+	$(BIN)/python -m pytest -m faults tests/slurm
 
 parity: install  ## every layout against one process: docs/parity.md (about 5 minutes)
 	$(BIN)/python -m tests.parity

@@ -110,7 +110,9 @@ def initial_weights(running: Engine, tp: int) -> dict[str, str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def save_and_go_on(path: str, layout: Layout) -> Any:

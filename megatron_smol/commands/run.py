@@ -78,7 +78,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     from megatron_smol.train.signals import StopFlag
 
     loaded = load_recipe(recipe, overrides or [])
-    stop = StopFlag()
+    stop = StopFlag(loaded.run_path)
     stop.install()
     prepare_libraries()
     from megatron_smol.train.run import train as run

@@ -27,7 +27,7 @@ from megatron_smol.recipe.render import to_json
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.recipe.units import format_tokens
 from megatron_smol.train.monitor import Metrics, StepLog
-from megatron_smol.train.signals import StopFlag
+from megatron_smol.train.signals import ASKED_BY_FILE, STOP_FILE, StopFlag
 from megatron_smol.train.state import open_run_folder, versions, write_text
 from megatron_smol.train.step import Engine, check_virtual_pipeline, init_parallel
 from megatron_smol.train.trainer import Trainer
@@ -144,6 +144,12 @@ def _farewell(trainer: Trainer, finished: bool) -> None:
         )
     else:
         trainer.say(
-            f"stopped by signal {trainer.stop.received or 'of another rank'} at step {trainer.state.step} of "
+            f"stopped by {_who(trainer.stop)} at step {trainer.state.step} of "
             f"'{trainer.stage.name}', saved; the same command continues (exit code {EXIT_RESTART_ME})"
         )
+
+
+def _who(stop: StopFlag) -> str:
+    if stop.received == ASKED_BY_FILE:
+        return f"the file {STOP_FILE} in the run folder"
+    return f"signal {stop.received or 'of another rank'}"
