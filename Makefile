@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: install demo test bench parity faults check docs clean help
+.PHONY: install demo test bench laws parity faults check docs clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -35,6 +35,9 @@ bench: install  ## measured ratios against peers, kept in bench/results/ (about 
 
 faults: install  ## kills, lost nodes, preemption, ... under a real Slurm on this machine (root and Slurm needed)
 	$(BIN)/python -m pytest -m faults tests/slurm
+
+laws: install  ## the data's laws on 2,000 random recipes against a plain-Python oracle (long)
+	LAWS_EXAMPLES=2000 $(BIN)/python -m pytest tests/data/test_laws.py
 
 parity: install  ## every layout against one process: docs/parity.md (about 5 minutes)
 	$(BIN)/python -m tests.parity

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_smol.data.array_job import share_of
+from megatron_smol.data.card import write_card
 from megatron_smol.data.tokenize import preprocess
 from megatron_smol.errors import UserError
 
@@ -110,9 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
             )
         level = "sentence" if args.split_sentences else "document"
         for key in args.json_keys:
-            preprocess(
+            output = f"{args.output_prefix}_{key}_{level}"
+            manifest = preprocess(
                 args.input,
-                f"{args.output_prefix}_{key}_{level}",
+                output,
                 args.tokenizer_model,
                 layout="prefix",
                 json_key=key,
@@ -132,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
                 overwrite=args.overwrite,
                 log_interval=args.log_interval,
             )
+            if manifest is not None:
+                write_card(output, args.tokenizer_model)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -10,9 +10,9 @@ import typer
 _HELP = """Tokenize text into a source that recipes (and megatron-core) read.
 
 Reads JSON lines (.jsonl, .json, plain or .gz/.zst), parquet and text files (.txt: one document each); local
-files, folders and globs, URLs (s3://, gs://, https://), or a hub data set. Writes token shards, a manifest and,
-for each shard, which document of which file each of its documents is. The ids are Hugging Face's. Special tokens
-written in the text stay text.
+files, folders and globs, URLs (s3://, gs://, https://), or a hub data set. Writes token shards, a manifest, a page
+about the source (card.html) and, for each shard, which document of which file each of its documents is. The ids are
+Hugging Face's. Special tokens written in the text stay text.
 
 Given again after a kill, the same command continues; at most one block (32 MB) a worker is done again. The output
 depends on neither the workers nor the kills.
@@ -88,6 +88,7 @@ def preprocess(
     overwrite: Annotated[bool, typer.Option(help="Replace what was made with other settings.")] = False,
 ) -> None:
     from megatron_smol.data.array_job import share_of
+    from megatron_smol.data.card import write_card
     from megatron_smol.data.inputs import hub_inputs
     from megatron_smol.data.tokenize import preprocess as run
     from megatron_smol.errors import UserError
@@ -95,7 +96,7 @@ def preprocess(
     if bool(inputs) == bool(hub_dataset):
         raise UserError("give either INPUT files or --hub-dataset: one of them, and not both")
     files = hub_inputs(hub_dataset, hub_config, hub_split, hub_revision) if hub_dataset else inputs or []
-    run(
+    manifest = run(
         files,
         output,
         tokenizer,
@@ -112,6 +113,8 @@ def preprocess(
         share=share_of(rank, world_size),
         overwrite=overwrite,
     )
+    if manifest is not None:
+        write_card(output, tokenizer)
 
 
 preprocess.__doc__ = _HELP

@@ -1,7 +1,7 @@
 """`smol data card`: what a source is, on one page, for the person who must decide whether to train on it.
 
 Writes card.md and card.html beside the manifest. It costs little: the manifest, the document tables of at most
-64 shards, and a few documents are read; data/tokenize.py may call `write_card` when it is done.
+64 shards, and a few documents are read. `smol preprocess` writes it when it is done.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from megatron_smol.data.ledger import PlannedStage
 from megatron_smol.data.order import SourceOrder
 from megatron_smol.data.source import TokenSource
 from megatron_smol.data.stream import Stream, open_stream
-from megatron_smol.data.tokenizer import Tokenizer, _byte_symbols, load_tokenizer
+from megatron_smol.data.tokenizer import Tokenizer, byte_symbols, load_tokenizer
 from megatron_smol.errors import DataError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         raise UserError(
             f"--find spells tokens out as bytes, which needs a byte-level tokenizer; {tokenizer.name} is of another kind"
         )
-    byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
+    byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
     spelled = [SEPARATOR] * tokenizer.vocab_size
     for token, number in document["model"]["vocab"].items():
         if all(symbol in byte_of for symbol in token):

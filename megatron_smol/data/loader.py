@@ -19,7 +19,7 @@ from megatron_smol.data.indexed import TokenArray
 from megatron_smol.data.order import SourceOrder
 from megatron_smol.data.packing import check_packed, ignored_labels
 from megatron_smol.data.source import TokenSource
-from megatron_smol.data.stream import Rows, StageStream
+from megatron_smol.data.stream import Rows, open_stream
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.plan import StagePlan
 
@@ -58,8 +58,8 @@ class StageLoader:
         check_divisible(stage, share.size)
         check_packed(stage, sources)
         self.stage, self.share, self.device, self.read_ahead = stage, share, device, read_ahead
-        self._stream = StageStream(stage, orders)
-        self._sources = [sources[name] for name in self._stream.names]
+        self._stream = open_stream(stage, orders)
+        self._sources = self._stream.readers(sources)
         self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self._mask_eod = _eod(sources, self._stream.names, stage) if stage.document_mask else None
 

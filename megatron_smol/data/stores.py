@@ -86,6 +86,7 @@ class LocalStore:
         return self._prefix + name
 
     def sizes(self) -> dict[str, int]:
+        OPEN_FILES.forget(self._prefix)  # a file may have been made anew since this process opened it
         with os.scandir(self.folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
@@ -151,6 +152,12 @@ class OpenFiles:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def forget(self, prefix: str) -> None:
+        """Open the files whose paths begin so again at their next use."""
+        with self._lock:
+            for path in [path for path in self._open if path.startswith(prefix)]:
+                del self._open[path]
 
     def get(self, path: str, expected_bytes: int) -> _Descriptor:
         with self._lock:

@@ -120,6 +120,8 @@ class StageStream:
     """A stage in our own order."""
 
     def __init__(self, stage: StageLike, orders: Mapping[str, SourceOrder]) -> None:
+        if stage.foreign_order is not None:
+            raise ValueError(f"stage '{stage.name}' is read in the order of an older run: call open_stream")
         self._blend = Blend({name: weight for name, weight in stage.weights.items() if weight > 0})
         self._orders, self._seq_length = orders, stage.seq_length
         for name in self.names:

@@ -241,10 +241,10 @@ def _missing_bytes(document: dict[str, Any], vocab: dict[str, int]) -> bytes:
     """Bytes that a byte-level vocabulary has no token for (21 of SmolLM2's, most of them never valid UTF-8)."""
     if "ByteLevel" not in json.dumps([document.get("pre_tokenizer"), document.get("decoder")]):
         return b""
-    return bytes(byte for byte, symbol in _byte_symbols().items() if symbol not in vocab)
+    return bytes(byte for byte, symbol in byte_symbols().items() if symbol not in vocab)
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """How byte-level BPE writes each byte: printable Latin-1 as itself, the others from U+0100 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

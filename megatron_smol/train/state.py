@@ -21,7 +21,7 @@ from megatron_smol.recipe.schema import Recipe
 
 # Settings that may change between legs of a run: none of them moves the data or the weights.
 FREE = ("run_dir", "parallel", "save", "tail", "eval", "data.over_epochs")
-FREE_ANYWHERE = ("micro_batch", "path", "max_epochs")
+FREE_ANYWHERE = ("micro_batch", "path", "cache", "max_epochs")
 
 
 @dataclass
@@ -70,8 +70,10 @@ class TrainState:
                     f"source '{name}' is not what it was when {checkpoint.path} was written: {_data(now)} now, "
                     f"{_data(then)} then; restore it, or start a new run_dir"
                 )
-        index = plan.stage(checkpoint.stage).index
-        return cls(index, checkpoint.step, Ledger.from_json(state["ledger"]), state["hooks"])
+        stage = plan.stage(checkpoint.stage)
+        ledger = Ledger.from_json(state["ledger"])
+        ledger.check(plan, stage.name, (checkpoint.step - stage.start_step) * stage.global_batch)
+        return cls(stage.index, checkpoint.step, ledger, state["hooks"])
 
 
 def _data(identity: dict[str, Any] | None) -> str:

@@ -83,6 +83,16 @@ def test_samples_are_decoded_and_inputs_listed(tmp_path: Path, tokenizer_folder:
     assert again.read_text() == (tmp_path / "web" / "card.html").read_text(), "the same card twice"
 
 
+def test_preprocessing_ends_with_the_card(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "in.txt").write_text("One document.")
+    command = smol(
+        "preprocess", tmp_path / "in.txt", "--output", tmp_path / "a", "--tokenizer", tokenizer_folder
+    )
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "One document." in (tmp_path / "a/card.html").read_text()
+
+
 def test_a_card_reads_a_few_windows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(tmp_path, [[[7] * 5000 + [3]] for _ in range(4)])
     read: list[int] = []

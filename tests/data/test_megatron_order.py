@@ -21,7 +21,7 @@ from megatron_smol.data.indexed import IndexedReader, IndexedWriter
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.data.manifest import Manifest, ShardRecord, TokenizerRecord
 from megatron_smol.data.source import load_source
-from megatron_smol.data.stream import Rows, open_stream
+from megatron_smol.data.stream import Rows, StageStream, open_stream
 from megatron_smol.errors import DataError, UserError
 from megatron_smol.recipe.load import parse_recipe
 from megatron_smol.recipe.plan import Plan, StagePlan, make_plan, resolve_sizes
@@ -157,6 +157,12 @@ def test_every_window_is_megatron_cores(old_run: OldRun) -> None:
         np.testing.assert_array_equal(read[i], expected(old_run.blend, 100 + i))
     spread = Counter(rows.source.tolist())
     assert min(spread.values()) > 30 and rows.epoch.max() > 0  # all three shards, and more than one epoch
+
+
+def test_our_order_is_not_taken_by_mistake(old_run: OldRun) -> None:
+    plan = old_run.plan()
+    with pytest.raises(ValueError, match="order of an older run: call open_stream"):
+        StageStream(plan.stages[0], plan.orders)
 
 
 def test_windows_are_the_same_however_they_are_asked_for(old_run: OldRun) -> None:

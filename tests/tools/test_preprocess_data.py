@@ -65,6 +65,7 @@ def test_a_megatron_command_line_writes_megatrons_bytes(tmp_path: Path, tokenize
             ours = tmp_path / f"ours_{key}_document{end}"
             assert ours.read_bytes() == (tmp_path / f"theirs{end}").read_bytes(), ours.name
     assert load_source(tmp_path / "ours_text_document").name == "ours"
+    assert "document 50: " in (tmp_path / "ours_text_document.card.html").read_text()
     assert not list(tmp_path.glob(".*"))
 
 
