@@ -7,8 +7,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_smol._csrc",
-            ["csrc/bindings.cpp", "csrc/blend.cpp", "csrc/order.cpp"],
-            depends=["csrc/blend.h", "csrc/order.h", "csrc/spell.h"],
+            ["csrc/bindings.cpp", "csrc/blend.cpp", "csrc/minhash.cpp", "csrc/order.cpp"],
+            depends=["csrc/blend.h", "csrc/minhash.h", "csrc/order.h", "csrc/spell.h"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=off"],
         )

@@ -17,6 +17,7 @@ BENCHES = {
     "loader": "samples/s, against megatron-core's BlendedDataset on the same files",
     "step": "CPU training step, against plain transformers with torch's AdamW",
     "checkpoint": "save and load, against torch.save and torch.load of the same tensors",
+    "duplicates": "near duplicates, against datatrove's MinHash",
     "convert": "Hugging Face to Megatron and back, against transformers loading and saving the model",
 }
 

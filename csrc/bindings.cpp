@@ -1,4 +1,4 @@
-// megatron_smol._csrc: the numpy face of blend.cpp, order.cpp and spell.h. Arguments are checked here or there and turn into
+// megatron_smol._csrc: the numpy face of blend.cpp, order.cpp, minhash.cpp and spell.h. Arguments are checked here or there and turn into
 // ValueError; the work runs without the GIL, so that a prefetching thread does not stop the trainer.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "blend.h"
+#include "minhash.h"
 #include "order.h"
 #include "spell.h"
 
@@ -154,10 +155,26 @@ py::bytes spell(const Array<Id>& ids, const std::string& spelling, const Array<s
   return out;
 }
 
+// (keys uint64[n, bands], has_words bool[n])
+py::tuple minhash_keys(const std::vector<py::bytes>& texts, int ngram, int bands, int rows, std::uint64_t seed) {
+  smol::MinHash minhash(ngram, bands, rows, seed);
+  std::vector<std::string_view> views(texts.begin(), texts.end());
+  const auto count = static_cast<py::ssize_t>(views.size());
+  py::array_t<std::uint64_t> keys({count, static_cast<py::ssize_t>(bands)});
+  py::array_t<bool> has_words(count);
+  std::uint64_t* out = keys.mutable_data();
+  bool* any = has_words.mutable_data();
+  {
+    py::gil_scoped_release nogil;
+    for (std::size_t i = 0; i < views.size(); ++i) any[i] = minhash.keys(views[i], out + i * static_cast<std::size_t>(bands));
+  }
+  return py::make_tuple(std::move(keys), std::move(has_words));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-  m.doc() = "The data order in C++: stage mixtures and keyed permutations (see data/blend.py and data/order.py).";
+  m.doc() = "The data side in C++: mixtures and keyed permutations (data/blend.py, data/order.py), MinHash (curate/minhash.py).";
   m.def("blend_period", &blend_period, py::arg("numerators"),
         "(source uint16[D], ordinal int32[D]): one period, D = sum of the numerators.");
   m.def("blend_lookup", &blend_lookup, py::arg("period_source").noconvert(), py::arg("period_ordinal").noconvert(),
@@ -174,6 +191,8 @@ PYBIND11_MODULE(_csrc, m) {
         py::arg("starts").noconvert(), "The bytes of all ids; token t is spelling[starts[t]:starts[t + 1]].");
   m.def("spell", &spell<std::int32_t>, py::arg("ids").noconvert(), py::arg("spelling"),
         py::arg("starts").noconvert(), "The same for int32 ids.");
+  m.def("minhash_keys", &minhash_keys, py::arg("texts"), py::arg("ngram"), py::arg("bands"), py::arg("rows"),
+        py::arg("seed"), "(keys uint64[n, bands], has_words bool[n]) of UTF-8 texts; keys of wordless ones mean nothing.");
   m.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("index").noconvert(),
         py::arg("inverse") = false, "The keyed permutation of [0, size) at each index, or its inverse.");
 }

@@ -15,7 +15,9 @@ import typer
 
 from megatron_smol.commands import evals, post, run, slurm
 from megatron_smol.commands.bench import bench_app
+from megatron_smol.commands.classifier import classifier
 from megatron_smol.commands.convert import convert_app
+from megatron_smol.commands.curate import curate
 from megatron_smol.commands.inspect import inspect
 from megatron_smol.commands.preprocess import preprocess
 from megatron_smol.commands.source import data_app
@@ -32,6 +34,8 @@ app = typer.Typer(
 # In the order in which a newcomer meets them.
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
+    curate,
+    classifier,
     preprocess,
     run.train,
     slurm.submit,

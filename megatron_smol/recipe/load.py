@@ -56,6 +56,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, str(path), overrides)
 
 
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, by the rules of recipes; for files that are not recipes."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    raw, _ = _parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of fields such as 'name: my-run', but is {_kind(raw)}")
+    return raw
+
+
 def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Like `load_recipe`, from text; `name` stands for the file in messages."""
     raw, node = _parse_yaml(text, name)

@@ -11,6 +11,7 @@ Every daemon is started with a parent-death signal: when the test session ends, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NETWORK = "10.78.0"
+DISK_BYTES = 32 << 20
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol")
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,6 +64,8 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=10
 KillWait=10
+# A step's daemon on a healthy node waits this long for the srun of a frozen one, and drains the healthy node after.
+UnkillableStepTimeout=240
 MinJobAge=86400
 JobRequeue=1
 TreeWidth=50
@@ -187,15 +191,35 @@ class Cluster:
         return [pid for pid in self.pids(node) if _is_rank(_command(pid))]
 
     def freeze(self, node: int) -> None:
-        for pid in self.pids(node):
-            os.kill(pid, signal.SIGSTOP)
+        self._signal_all(node, signal.SIGSTOP)
+
+    def thaw(self, node: int) -> None:
+        self._signal_all(node, signal.SIGCONT)
 
     def cut_link(self, node: int) -> None:
         self._inside("ip", "link", "set", f"v{node}", "down")
 
+    def mend_link(self, node: int) -> None:
+        self._inside("ip", "link", "set", f"v{node}", "up")
+
+    @property
+    def disk(self) -> Path:
+        """A small file system that all nodes see."""
+        return self.folder / "disk"
+
+    def names(self, job_id: int) -> list[int]:
+        """Numbers of the nodes that a job has; the first runs the batch script."""
+        found = self.run("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).split()
+        return [int(name.removeprefix("node")) for name in found]
+
     def on_node(self, node: int, *command: str) -> None:
         """Run a command as root on the node."""
         subprocess.run(["nsenter", "-t", str(self._init(node)), "-a", *command], check=True)
+
+    def _signal_all(self, node: int, number: signal.Signals) -> None:
+        for pid in self.pids(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def crash_controller(self) -> None:
         self._end("slurmctld")
@@ -208,8 +232,9 @@ class Cluster:
 
     def _start(self) -> None:
         assert len(str(self.folder)) < 80, "the path of a unix socket is limited"
-        for name in ("state", "bin", "gpu", "keys"):
+        for name in ("state", "bin", "gpu", "keys", "disk"):
             (self.folder / name).mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.disk], check=True)
         self.folder.chmod(0o755)
         (self.folder / "keys").chmod(0o700)
         self._write_configuration()
@@ -324,6 +349,7 @@ class Cluster:
         daemon.wait()
 
     def stop(self) -> None:
+        subprocess.run(["umount", "--lazy", self.disk], capture_output=True)
         for name in sorted(
             self.daemons, key=("munged", "net").count
         ):  # the network last: it holds the others

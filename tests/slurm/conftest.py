@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -13,15 +15,19 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import ENDED, Cluster, missing
+from tests.slurm.table import FaultTable
 from tests.tiny import TinyRun, rows, write_recipe
 from tests.train.test_run import weights_of
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPT = REPOSITORY / "examples/smollm2_1.7b.sh"
+EVERY = 20
 # Long enough to be interrupted in: the second stage takes some seconds.
-LONG = "stages.two.until='80 steps' save.every='20 steps'"
+LONG = f"stages.two.until='80 steps' save.every='{EVERY} steps'"
 LAST = "long-00000081"
+# A batch that 2, 3 and 4 ranks can share.
+TWELVE = f"{LONG} training.global_batch=12 training.micro_batch=1 stages.long.global_batch=12"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,16 +57,22 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def table(cluster: Cluster) -> Iterator[FaultTable]:
+    """Collects what followed each fault; written where FAULT_TABLE says."""
+    faults = FaultTable()
+    yield faults
+    if path := os.environ.get("FAULT_TABLE"):
+        faults.write(Path(path), cluster.run("sinfo", "--version").removeprefix("slurm-wlm "), EVERY)
+
+
 @dataclass
 class User:
     """A folder with examples/tiny.yaml, from which the shipped script is submitted."""
 
     cluster: Cluster
     folder: Path
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
+    run: Path
 
     def submit(self, *arguments: str, script: Path = SCRIPT, overrides: str = "", **environment: str) -> int:
         """sbatch of the shipped script, 2 nodes and one task a node unless `arguments` say otherwise."""
@@ -76,11 +88,31 @@ class User:
         shape = ("--nodes=2", "--ntasks-per-node=1", "--time=10", f"--chdir={self.folder}")
         return self.cluster.sbatch(*shape, *arguments, script, **(settings | environment))
 
+    def cancel(self, job: int) -> None:
+        """scancel, and wait until the ranks are gone."""
+        self.cluster.run("scancel", job)
+        self.until(lambda: not self.cluster.run("squeue", "-h", "-j", job), "end")
+
     def log(self, job: int) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"*-{job}*.log")))
 
     def legs(self, event: str = "end") -> list[dict[str, Any]]:
-        return [row for row in rows(self.run / "legs.jsonl") if row["event"] == event]
+        log = self.run / "legs.jsonl"
+        return [row for row in rows(log) if row["event"] == event] if log.is_file() else []
+
+    def lines(self) -> int:
+        """Rows of metrics.jsonl: steps trained, and not yet taken back by a restart."""
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    def ranks(self, job: int) -> list[int]:
+        """Process ids of the job's ranks; none while it waits or starts."""
+        if self.cluster.job(job)["JobState"] != "RUNNING":
+            return []
+        return [pid for node in self.cluster.names(job) for pid in self.cluster.tasks(node)]
+
+    def is_over(self, job: int) -> bool:
+        return self.cluster.job(job)["JobState"] in ENDED
 
     def until(self, ready: Any, what: str, seconds: float = 600) -> None:
         limit = time.monotonic() + seconds
@@ -90,12 +122,7 @@ class User:
 
     def until_line(self, number: int, seconds: float = 600) -> None:
         """Wait until metrics.jsonl has so many lines."""
-        metrics = self.run / "metrics.jsonl"
-        self.until(
-            lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= number,
-            f"line {number}",
-            seconds,
-        )
+        self.until(lambda: self.lines() >= number, f"line {number}", seconds)
 
     def until_logged(self, job: int, text: str, times: int = 1, seconds: float = 600) -> None:
         self.until(lambda: self.log(job).count(text) >= times, f"'{text}' in the log of job {job}", seconds)
@@ -105,7 +132,7 @@ class User:
 def user(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> Iterator[User]:
     (tmp_path / "examples").mkdir()
     write_recipe(tiny_data, tmp_path).rename(tmp_path / "examples/tiny.yaml")
-    yield User(cluster, tmp_path)
+    yield User(cluster, tmp_path, tmp_path / "run")
     if jobs := cluster.run("squeue", "-h", "-o", "%A").split():
         cluster.run("scancel", *jobs)
     limit = time.monotonic() + 60
@@ -124,9 +151,15 @@ def whole_on_four(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return _whole(tiny_data, tmp_path_factory.mktemp("whole4"), 4)
 
 
-def _whole(data: Path, folder: Path, ranks: int) -> TinyRun:
+@pytest.fixture(scope="session")
+def whole_of_twelve(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """On one process, with batches of twelve."""
+    return _whole(tiny_data, tmp_path_factory.mktemp("whole12"), 0, TWELVE)
+
+
+def _whole(data: Path, folder: Path, ranks: int, overrides: str = LONG) -> TinyRun:
     run = TinyRun(write_recipe(data, folder), data, folder)
-    done = run.train("stages.two.until=80 steps", "save.every=20 steps", ranks=ranks)
+    done = run.train(*shlex.split(overrides), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 

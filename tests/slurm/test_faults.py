@@ -1,4 +1,4 @@
-"""What clusters do to a run, done to one under a real Slurm: `pytest -m faults tests/slurm`.
+"""What clusters do to a run, done to one under a real Slurm: `make faults`, or `pytest -m faults tests/slurm`.
 
 Every run that may end must end bit-equal to the one that nothing happened to.
 """
@@ -7,57 +7,102 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import LONG, User, assert_nothing_lost
+from tests.slurm.conftest import LONG, User
+from tests.slurm.strikes import Strike, finish, struck
+from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun, smol
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 RARE = "stages.two.until='80 steps' save.every='10000 steps'"
 
 
-def finish(user: User, job: int, whole: TinyRun) -> None:
-    ended = user.cluster.wait(job)
-    assert ended["JobState"] == "COMPLETED", user.log(job)[-3000:]
-    assert_nothing_lost(user, whole)
+def test_kill_9_of_a_rank(user: User, whole: TinyRun, table: FaultTable) -> None:
+    chance = random.Random(1)
+
+    def kill(job: int) -> None:
+        user.until(lambda: user.is_over(job) or user.ranks(job), "rank")
+        if ranks := user.ranks(job):
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+
+    made = struck(user, whole, trials(20), kill)
+    table.add(
+        "`kill -9` of a random rank at a random moment",
+        "`training was ended by SIGKILL; ... goes on`",
+        "equal",
+        made,
+    )
 
 
-def test_kill_9_of_a_rank(user: User, whole: TinyRun) -> None:
-    job = user.submit(overrides=LONG)
-    user.until_line(20)
-    os.kill(user.cluster.tasks(2)[0], signal.SIGKILL)
-    finish(user, job, whole)
-    assert [leg["action"] for leg in user.legs()] == ["restart", "done"]
+@pytest.mark.parametrize("place", [0, 1], ids=["batch host", "other node"])
+def test_power_loss(user: User, whole: TinyRun, table: FaultTable, place: int) -> None:
+    made = _to_nodes(user, whole, place, trials(3), user.cluster.cut_power, user.cluster.boot)
+    what = "the node that runs the batch script" if place == 0 else "another node of the job"
+    table.add(f"power loss of {what}", "Slurm requeues: `restart 1, nodes ...`", "equal", made)
 
 
-@pytest.mark.parametrize("node", [1, 2])
-def test_power_loss(user: User, whole: TinyRun, node: int) -> None:
-    """Of the node that runs the batch script, and of another one; Slurm requeues, the third node is idle."""
-    job = user.submit(overrides=LONG)
-    user.until_line(20)
-    names = user.cluster.run("scontrol", "show", "hostnames", user.cluster.job(job)["NodeList"]).split()
-    victim = int(names[node - 1].removeprefix("node"))
-    user.cluster.cut_power(victim)
+@pytest.mark.parametrize("place", [0, 1], ids=["batch host", "other node"])
+def test_frozen_node(user: User, whole: TinyRun, table: FaultTable, place: int) -> None:
+    """SIGSTOP of everything on it. Thawed when the run is elsewhere, it must not touch the run."""
+    made = _to_nodes(user, whole, place, trials(2), user.cluster.freeze, user.cluster.thaw)
+    what = "the node that runs the batch script" if place == 0 else "another node of the job"
+    table.add(
+        f"{what} frozen (SIGSTOP of all its processes)",
+        "Slurm requeues: `restart 1, nodes ...`",
+        "equal",
+        made,
+    )
+
+
+def test_network_cut(user: User, whole: TinyRun, table: FaultTable) -> None:
+    made = _to_nodes(user, whole, 1, trials(2), user.cluster.cut_link, user.cluster.mend_link)
+    table.add("network of a node cut", "Slurm requeues: `restart 1, nodes ...`", "equal", made)
+
+
+def _to_nodes(
+    user: User,
+    whole: TinyRun,
+    place: int,
+    wanted: int,
+    fault: Callable[[int], None],
+    mend: Callable[[int], None],
+) -> list[Trial]:
+    """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
+    hit: list[int] = []
+
+    def strike(job: int) -> None:
+        hit.append(user.cluster.names(job)[place])
+        fault(hit[-1])
+
+    def heal() -> None:
+        mend(hit[-1])
+        user.until(lambda: user.cluster.idle() >= 1, "idle node")
+
     try:
-        finish(user, job, whole)
+        return struck(user, whole, wanted, strike, heal)
     finally:
-        user.cluster.boot(victim)
         user.until(lambda: user.cluster.idle() == 3, "boot")
 
 
-def test_lost_node_is_replaced_inside_the_job(user: User, whole: TinyRun) -> None:
+def test_lost_node_is_replaced_inside_the_job(user: User, whole: TinyRun, table: FaultTable) -> None:
     """Three nodes for two, --no-kill: the same leg goes on with the spare, without a place in the queue."""
     job = user.submit(
         "--nodes=3", "--no-kill", overrides=LONG, SPARES="1", PREFLIGHT="1", PREFLIGHT_SECONDS="120"
     )
     user.until_line(20)
+    strike = Strike.now(user, job)
     user.cluster.cut_power(2)
     try:
+        trial = strike.followed(whole.run)
         finish(user, job, whole)
     finally:
         user.cluster.boot(2)
@@ -66,9 +111,13 @@ def test_lost_node_is_replaced_inside_the_job(user: User, whole: TinyRun) -> Non
     assert {leg["restart"] for leg in starts} == {0} and starts[-1]["attempt"] >= 1
     assert "node2 is not fit" in user.log(job)
     assert user.legs()[-1]["nodes"] == ["node1", "node3"]
+    assert trial is not None
+    table.add(
+        "power loss of a node, with a spare in the job", "`node2 is not fit: ...`", "equal, same leg", [trial]
+    )
 
 
-def test_a_node_without_the_data_is_named_and_left_out(user: User, whole: TinyRun) -> None:
+def test_a_node_without_the_data_is_named_and_left_out(user: User, whole: TinyRun, table: FaultTable) -> None:
     """Its data folder is hidden behind an empty one, as when a file system is not mounted."""
     data = str(whole.data)
     user.cluster.on_node(2, "mount", "-t", "tmpfs", "tmpfs", data)
@@ -80,9 +129,15 @@ def test_a_node_without_the_data_is_named_and_left_out(user: User, whole: TinyRu
     log = user.log(job)
     assert "node2 is not fit" in log and "training on node1,node3" in log
     assert "State=DRAIN" in log
+    table.add(
+        "data missing on one node, with a spare",
+        "`node2 is not fit: ...`",
+        "equal, same leg",
+        [Trial(0, 0, 0)],
+    )
 
 
-def test_crash_loop_ends(user: User) -> None:
+def test_crash_loop_ends(user: User, table: FaultTable) -> None:
     """A rank dies at the same place in every leg: three legs, a code of its own, the reason in the last lines."""
     job = user.submit(
         overrides=RARE
@@ -98,9 +153,13 @@ def test_crash_loop_ends(user: User) -> None:
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "70:0"), user.log(job)[-2000:]
     assert "3 starts in a row from step 0" in "\n".join(user.log(job).splitlines()[-20:])
     assert ended["Restarts"] == "2"
+    told = "`3 starts in a row from step 0 reached no new one`"
+    table.add(
+        "a rank dies in every leg before a checkpoint", told, "FAILED with 70 after three legs", [Trial()]
+    )
 
 
-def test_false_success(user: User) -> None:
+def test_false_success(user: User, table: FaultTable) -> None:
     """An srun that starts nothing and says 0: the job never counts as done, and does not try for ever."""
     fake = user.folder / "bin"
     fake.mkdir()
@@ -112,44 +171,71 @@ def test_false_success(user: User) -> None:
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "70:0"), user.log(job)
     assert "left with code 0 but is not finished" in user.log(job)
     assert not list((user.run / "slurm").glob("*.done"))
+    told = "`left with code 0 but is not finished`"
+    table.add(
+        "an `srun` that starts nothing and returns 0", told, "FAILED with 70 after three legs", [Trial()]
+    )
 
 
-def test_stop_file(user: User) -> None:
+def test_stop_file(user: User, table: FaultTable) -> None:
     job = user.submit(overrides="stages.two.until='3000 steps' save.every='10000 steps'")
     user.until_line(20)
+    at = time.monotonic()
     (user.run / "stop").touch()
     ended = user.cluster.wait(job)
+    gone = time.monotonic() - at
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "71:0"), user.log(job)[-2000:]
     assert ended["Restarts"] == "0"
     assert "asked for a stop; remove it and submit again" in user.log(job)
     assert user.legs()[0]["progress"][1] >= 20
+    table.add(
+        "`touch RUN/stop`",
+        "`asked for a stop; remove it and submit again`",
+        "saved, FAILED with 71",
+        [Trial(gone, None, 0)],
+    )
 
 
-def test_scancel(user: User) -> None:
+def test_scancel(user: User, table: FaultTable) -> None:
     """Saved, gone, and not back."""
     job = user.submit(overrides="stages.two.until='3000 steps' save.every='10000 steps'")
     user.until_line(20)
-    user.cluster.run("scancel", job)
-    user.until(lambda: not user.cluster.run("squeue", "-h", "-j", job), "end")
+    at = time.monotonic()
+    user.cancel(job)
+    gone = time.monotonic() - at
     time.sleep(8)  # longer than a requeued job waits
     assert user.cluster.job(job)["JobState"] == "CANCELLED"
     assert [p.name for p in (user.run / "checkpoints").glob("two-*")], "saved on TERM"
-
-
-def test_preemption(user: User, whole: TinyRun) -> None:
-    """An urgent job takes all nodes: the victim saves, leaves, comes back, and has lost no step."""
-    job = user.submit("--signal=USR1@60", overrides=LONG)
-    user.until_line(20)
-    urgent = user.cluster.sbatch(
-        "-p", "urgent", "--nodes=3", "--exclusive", f"--chdir={user.folder}", "--wrap", "sleep 3"
+    table.add(
+        "`scancel`",
+        "`the job was cancelled; submit again to go on from ...`",
+        "saved, CANCELLED",
+        [Trial(gone, None, 0)],
     )
-    assert user.cluster.wait(urgent)["JobState"] == "COMPLETED"
-    finish(user, job, whole)
-    starts, ends = user.legs("start"), user.legs()
-    assert starts[1]["progress"] == ends[0]["progress"] and starts[1]["progress"][1] >= 20
 
 
-def test_controller_crash(user: User, whole: TinyRun) -> None:
+def test_preemption(user: User, whole: TinyRun, table: FaultTable) -> None:
+    """An urgent job takes all nodes: the victim saves, leaves, comes back, and has lost no step."""
+    made = []
+    for _ in range(trials(3)):
+        job = user.submit("--signal=USR1@60", overrides=LONG)
+        user.until_line(20)
+        strike = Strike.now(user, job)
+        urgent = user.cluster.sbatch(
+            "-p", "urgent", "--nodes=3", "--exclusive", f"--chdir={user.folder}", "--wrap", "sleep 3"
+        )
+        trial = strike.followed(whole.run)
+        assert user.cluster.wait(urgent)["JobState"] == "COMPLETED"
+        finish(user, job, whole)
+        starts, ends = user.legs("start"), user.legs()
+        assert starts[1]["progress"] == ends[0]["progress"] and starts[1]["progress"][1] >= 20
+        assert trial is not None and trial.steps_lost == 0
+        made.append(trial)
+        shutil.rmtree(user.run)
+    table.add("preemption by an urgent job", "`training saved itself on a signal`", "equal", made)
+
+
+def test_controller_crash(user: User, whole: TinyRun, table: FaultTable) -> None:
     job = user.submit(overrides=LONG)
     user.until_line(10)
     user.cluster.crash_controller()
@@ -158,6 +244,12 @@ def test_controller_crash(user: User, whole: TinyRun) -> None:
     time.sleep(2)
     finish(user, job, whole)
     assert len(user.legs()) == 1, "the job did not notice"
+    table.add(
+        "`slurmctld` killed and started again",
+        "nothing: the job does not notice",
+        "equal",
+        [Trial(None, None, 0)],
+    )
 
 
 def test_submit_and_status(user: User) -> None:

@@ -1,0 +1,50 @@
+"""`smol curate`: raw text to curated text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_smol.errors import UserError
+
+_HELP = """Filter, deduplicate and decontaminate raw text by a curation file.
+
+Runs datatrove's pipelines over JSON lines, parquet or WARC files, on this machine or (slurm: in the file) as array
+jobs. Writes OUTPUT/documents/*.jsonl.zst, which `smol preprocess` reads, and OUTPUT/card.html: what each step
+kept and dropped, why, with examples. Given again after a kill, the same command continues; what was done stays.
+
+\b
+  smol curate examples/curate/fineweb-edu.yaml
+  smol curate my.yaml --input 'raw/*.jsonl.gz' --output data/curated
+  smol preprocess data/curated/documents --output data/web --tokenizer HuggingFaceTB/SmolLM2-135M
+"""
+
+
+def curate(
+    config: Annotated[
+        Path, typer.Argument(help="Curation file; examples/curate/ holds SmolLM2's.", metavar="CONFIG")
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Files, folders or globs in place of the file's own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder in place of the file's own.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at once; default: one a core.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output of another configuration.")] = False,
+) -> None:
+    try:
+        from megatron_smol.curate.config import load_curation
+        from megatron_smol.curate.pipeline import curate as run
+    except ImportError as error:
+        raise UserError(
+            f"smol curate needs the extra `curate` ({error}): pip install 'megatron-smol[curate]'"
+        ) from None
+    given = {"output": output, "workers": workers}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    loaded = load_curation(config, overrides, inputs)
+    card = run(loaded, overwrite=overwrite)
+    print(card if card else f"submitted; squeue shows the jobs, {loaded.output}/card.html comes last")
+
+
+curate.__doc__ = _HELP

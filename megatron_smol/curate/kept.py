@@ -1,0 +1,104 @@
+"""What the card shows of a curation: a few documents that each step dropped, a few that stayed, and who they are.
+
+Small files per rank under `samples/` and `shares/`, written whole at the end of a rank, so that a rank that is run again
+replaces its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_smol.data.files import write_whole
+
+FEW = 3  # documents a step and a rank
+SHOWN_CHARACTERS = 600
+
+
+def excerpt(document: Document) -> dict[str, Any]:
+    reason = document.metadata.get("filter_reason")
+    shown = {
+        "id": str(document.id),
+        "text": document.text[:SHOWN_CHARACTERS],
+        "characters": len(document.text),
+    }
+    return shown | ({"reason": str(reason)} if reason else {})
+
+
+class FewDropped:
+    """Stands where datatrove wants a writer of excluded documents: keeps the first few."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._few: list[dict[str, Any]] = []
+        self._rank = 0
+
+    def __enter__(self) -> FewDropped:
+        self._few = []
+        return self
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        self._rank = rank
+        if len(self._few) < FEW:
+            self._few.append(excerpt(document))
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if kind is None and self._few:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / f"{self._rank:05d}.json", json.dumps(self._few))
+
+
+class Describe(PipelineStep):
+    """Passes the kept documents on; counts their domains, languages, scores and lengths."""
+
+    type, name = "card", "shares"
+
+    def __init__(self, folder: Path, samples: Path) -> None:
+        super().__init__()
+        self.folder, self.samples = folder, samples
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        shares: dict[str, Counter[str]] = {
+            "domain": Counter(),
+            "language": Counter(),
+            "score": Counter(),
+            "length": Counter(),
+        }
+        few = FewDropped(self.samples)
+        with few:
+            for document in data:
+                about = document.metadata
+                if url := about.get("url"):
+                    shares["domain"][urlsplit(str(url)).netloc] += 1
+                if language := about.get("language"):
+                    shares["language"][str(language)] += 1
+                if (score := about.get("score")) is not None:
+                    shares["score"][f"{float(score):.1f}"] += 1
+                shares["length"][str(max(0, len(document.text).bit_length() - 1))] += 1
+                few.write(document, rank)
+                self.stat_update("characters", value=len(document.text))
+                yield document
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / f"{rank:05d}.json", json.dumps(shares))
+
+
+def shares_of(folder: Path) -> dict[str, Counter[str]]:
+    """All ranks' shares together."""
+    total: dict[str, Counter[str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        for name, counts in json.loads(path.read_text()).items():
+            total.setdefault(name, Counter()).update(counts)
+    return total
+
+
+def samples_of(folder: Path, most: int = FEW) -> list[dict[str, Any]]:
+    """The first few of all ranks."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [sample for samples in found for sample in samples][:most]

@@ -1,0 +1,234 @@
+"""Carries a curation file out: phases of datatrove pipelines, on this machine or on Slurm.
+
+A phase reads documents, takes them through its steps and writes one part a rank. A step that must know all documents
+(duplicates) ends a phase: keys are written as the documents go by, one task groups them, and the next phase leaves out
+what that task listed. The last phase writes `documents/`, then one task makes the card. A rank whose completion
+marker exists is not run again, so that a kill loses at most the ranks at work; parts and samples are whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.utils.stats import PipelineStats
+from loguru import logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_smol.curate.config import Curation
+from megatron_smol.curate.duplicates import DropGrouped, Group, WriteKeys
+from megatron_smol.curate.kept import Describe, FewDropped
+from megatron_smol.curate.reading import WARC, ReadInputs, ReadPart, WritePart
+from megatron_smol.data.files import write_whole
+from megatron_smol.errors import UserError
+
+DOCUMENTS, WORK, CARD = "documents", "work", "card.html"
+_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", *WARC)
+
+
+@dataclass
+class Phase:
+    """Pipelines that run one after the other: `blocks` on every rank, or (alone) on one. titles: of the blocks."""
+
+    name: str
+    blocks: list[Any] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+    alone: bool = False
+
+    def add(self, title: str, block: Any) -> None:
+        self.titles.append(title)
+        self.blocks.append(block)
+
+
+class Layout:
+    """Where a curation keeps its files."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.work = output, output / WORK
+        self.documents = output / DOCUMENTS
+
+    def logs(self, phase: str) -> Path:
+        return self.work / phase / "logs"
+
+    def samples(self, number: int) -> Path:
+        return self.work / "samples" / f"{number:02d}"
+
+
+def curate(config: Curation, *, overwrite: bool = False) -> Path | None:
+    """Run what is not done yet; returns the card, or None where Slurm does the work."""
+    files = input_files(config.inputs.paths)
+    layout = Layout(config.output.absolute())
+    _claim(config, files, layout, overwrite)
+    phases = phases_of(config, files, layout)
+    if config.slurm is not None:
+        _submit(config, phases, layout)
+        return None
+    logger.disable("datatrove")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for phase in phases:
+        _run_here(config, phase, layout, console)
+    return layout.output / CARD
+
+
+def input_files(paths: tuple[str, ...]) -> list[str]:
+    """Files, folders and globs to files, sorted within each."""
+    found: list[str] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            here = sorted(str(file) for file in path.rglob("*") if file.name.endswith(_ENDINGS))
+        else:
+            here = sorted(glob.glob(given))  # noqa: PTH207  a pattern may be absolute
+        if not here:
+            raise UserError(
+                f"no input at {given}: give files, folders or globs of {', '.join(_ENDINGS[:2])}, .parquet, .warc.gz ..."
+            )
+        found += here
+    return found
+
+
+def phases_of(config: Curation, files: list[str], layout: Layout) -> list[Phase]:
+    """The steps as phases; every block's files have names of their own."""
+    phases = [Phase("phase-0")]
+    phases[0].add("read", ReadInputs(files, config.inputs.text_key, config.inputs.extract))
+    for number, step in enumerate(config.steps):
+        few = FewDropped(layout.samples(number))
+        if not step.splits:
+            phases[-1].add(step.title, step.build(few))
+            continue
+        here, name = layout.work / f"step-{number:02d}", f"phase-{sum(not phase.alone for phase in phases)}"
+        keys, drop, parts = here / "keys", here / "drop", here / "parts"
+        ngram, bands, rows, seed = (getattr(step, field) for field in ("ngram", "bands", "rows", "seed"))
+        phases[-1].add("", WriteKeys(keys, ngram, bands, rows, seed))
+        phases[-1].add("", WritePart(parts))
+        grouping = Phase(f"group-{number:02d}", alone=True)
+        grouping.add(f"groups of {step.title}", Group(keys, drop, config.tasks))
+        phases += [grouping, Phase(name)]
+        phases[-1].add("", ReadPart(parts))
+        phases[-1].add(step.title, DropGrouped(drop, step.title.replace(" ", "_"), few))
+    phases[-1].add("", Describe(layout.work / "shares", layout.work / "samples" / "kept"))
+    phases[-1].add("", WritePart(layout.documents))
+    last = Phase("card", alone=True)
+    last.add("", _Card(config, layout.output))
+    return [*phases, last]
+
+
+class _Card:
+    """A pipeline of one block: the card, from the files of all ranks."""
+
+    def __init__(self, config: Curation, output: Path) -> None:
+        self.config, self.output = config, output
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        from megatron_smol.curate.card import write_card
+
+        write_card(self.config, self.output)
+        yield from ()
+
+
+def _claim(config: Curation, files: list[str], layout: Layout, overwrite: bool) -> None:
+    """Another configuration's output is neither continued nor mixed with this one's."""
+    plan = layout.work / "curation.json"
+    inputs = [{"path": file, "bytes": Path(file).stat().st_size} for file in files]
+    wanted = json.dumps(
+        {"config": config.model_dump(mode="json", exclude={"workers", "slurm"})
+         | {"steps": [{type(step).__name__: step.model_dump(mode="json")} for step in config.steps]}, "inputs": inputs},
+        indent=1,
+    )  # fmt: skip
+    begun = plan.read_text() if plan.is_file() else "" if layout.documents.exists() else wanted
+    if begun != wanted:
+        if not overwrite:
+            raise UserError(
+                f"{layout.output} holds the output of another configuration or of other inputs; use --overwrite to "
+                f"replace it, or choose another output"
+            )
+        shutil.rmtree(layout.work, ignore_errors=True)
+        shutil.rmtree(layout.documents, ignore_errors=True)
+    layout.work.mkdir(parents=True, exist_ok=True)
+    write_whole(plan, wanted)
+
+
+# --- on this machine ---------------------------------------------------------------------------------------
+
+
+_NOWHERE = Path(os.devnull).open("w")  # noqa: SIM115  stays open: the logger keeps it
+
+
+class _Local(LocalPipelineExecutor):  # type: ignore[misc]
+    """datatrove's, with its log in files only."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        with contextlib.redirect_stderr(_NOWHERE):
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def _run_here(config: Curation, phase: Phase, layout: Layout, console: Console) -> None:
+    tasks = 1 if phase.alone else config.tasks
+    workers = min(tasks, config.workers or len(os.sched_getaffinity(0)))
+    logs = layout.logs(phase.name)
+    executor = _Local(pipeline=phase.blocks, tasks=tasks, workers=workers, logging_dir=str(logs))
+    with _progress(phase, logs, tasks, console):
+        executor.run()
+
+
+@contextlib.contextmanager
+def _progress(phase: Phase, logs: Path, tasks: int, console: Console) -> Iterator[None]:
+    """A bar of ended ranks on a terminal, a line at the end elsewhere."""
+    what = ", ".join(title for title in phase.titles if title) or phase.name
+    done = logs / "completions"
+    ended = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=tasks)
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                bar.update(task, completed=len(list(done.glob("*"))))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+    if bar.disable:
+        console.print(f"{phase.name}: {what}: {tasks} of {tasks} tasks", markup=False)
+
+
+# --- on a cluster ------------------------------------------------------------------------------------------
+
+
+def _submit(config: Curation, phases: list[Phase], layout: Layout) -> None:
+    assert config.slurm is not None
+    before: SlurmPipelineExecutor | None = None
+    site = config.slurm
+    for phase in phases:
+        before = SlurmPipelineExecutor(
+            pipeline=phase.blocks,
+            tasks=1 if phase.alone else config.tasks,
+            time=site.time,
+            partition=site.partition,
+            cpus_per_task=site.cpus_per_task,
+            mem_per_cpu_gb=site.mem_per_cpu_gb,
+            workers=config.workers or -1,
+            job_name=f"{config.name}-{phase.name}",
+            qos="",
+            env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
+            sbatch_args=dict(site.sbatch),
+            depends=before,
+            logging_dir=str(layout.logs(phase.name)),
+        )
+    assert before is not None
+    before.run()

@@ -1,0 +1,222 @@
+"""Documents of the input files, and of the parts that a phase left for the next.
+
+datatrove's own readers end a file in silence at its first byte that is not UTF-8; here every line that cannot be
+read is counted, with the reason, and the others are read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_smol.data.files import partial_path, publish
+from megatron_smol.data.records import parse
+from megatron_smol.errors import DataError
+
+WARC = (".warc", ".warc.gz", ".arc", ".arc.gz")
+LONGEST_LINE = (
+    64 << 20
+)  # bytes; longer lines are counted and left out: a document of that size is no document
+
+
+class ReadInputs(PipelineStep):
+    """The documents of every `world_size`-th file, from the rank's own on, in the files' order."""
+
+    type, name = "read", "inputs"
+
+    def __init__(self, files: list[str], text_key: str, extract: str) -> None:
+        super().__init__()
+        self.files, self.text_key, self.extract = files, text_key, extract
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for file in self.files[rank::world_size]:
+            if file.endswith(WARC):
+                found = self._warc(file)
+            elif file.endswith(".parquet"):
+                found = self._parquet(file)
+            else:
+                found = self._lines(file)
+            for document in found:
+                self.stat_update("total", "forwarded")
+                self.update_doc_stats(document)
+                yield document
+
+    def _bad(self, why: str) -> None:
+        self.stat_update("total", "dropped", f"dropped_{why}")
+
+    def _document(self, record: Any, name: str) -> Document | None:
+        if not isinstance(record, dict) or not isinstance(record.get(self.text_key), str):
+            self._bad("no_text")
+            return None
+        text = record.pop(self.text_key)
+        if not text.strip():
+            self._bad("empty")
+            return None
+        identity = str(record.pop("id", name))
+        about = record.pop("metadata", None)
+        return Document(text=text, id=identity, metadata=record | (about if isinstance(about, dict) else {}))
+
+    def _lines(self, file: str) -> Iterator[Document]:
+        stem = Path(file).name
+        with opened(file) as stream:
+            for number, line in enumerate(_bounded_lines(stream), 1):
+                if line is None:
+                    self._bad("line_too_long")
+                elif not line.isspace():
+                    try:
+                        record = parse(line)
+                    except ValueError:
+                        self._bad("not_json")
+                        continue
+                    if document := self._document(record, f"{stem}/{number}"):
+                        yield document
+
+    def _parquet(self, file: str) -> Iterator[Document]:
+        import pyarrow.parquet as pq
+
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                if document := self._document(record, f"{Path(file).name}/{number}"):
+                    yield document
+
+    def _warc(self, file: str) -> Iterator[Document]:
+        from warcio.archiveiterator import ArchiveIterator
+
+        extract = _extractor(self.extract)
+        with Path(file).open("rb") as stream:
+            records = iter(ArchiveIterator(stream))
+            while True:
+                try:
+                    record = next(records)
+                    html = record.content_stream().read() if record.rec_type == "response" else None
+                except StopIteration:
+                    return
+                except Exception:  # warcio, zlib and http parsing each raise their own
+                    self._bad("broken_warc")
+                    return
+                if html is None:
+                    continue
+                text = extract(html)
+                if not text:
+                    self._bad("no_text")
+                    continue
+                about = {
+                    "url": record.rec_headers.get_header("WARC-Target-URI"),
+                    "date": record.rec_headers.get_header("WARC-Date"),
+                }
+                yield Document(
+                    text=text,
+                    id=record.rec_headers.get_header("WARC-Record-ID") or about["url"],
+                    metadata=about,
+                )
+
+
+def _extractor(kind: str) -> Any:
+    from trafilatura import extract
+
+    options: dict[str, Any] = {"favor_precision": True, "include_comments": False, "deduplicate": True}
+    if kind == "latex":
+        from megatron_smol.curate.formulas import keep_formulas
+
+        return lambda html: extract(keep_formulas(_decoded(html)), **(options | {"favor_precision": False}))
+    return lambda html: extract(_decoded(html), **options)
+
+
+def _decoded(html: bytes) -> str:
+    """By the page's own charset where it says one, else UTF-8 with replacement."""
+    from trafilatura.utils import decode_file
+
+    return str(decode_file(html))
+
+
+@contextmanager
+def opened(file: str | Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed by its ending."""
+    path = Path(file)
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            with gzip.open(raw) as stream:
+                yield stream  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            import zstandard
+
+            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                yield io.BufferedReader(stream)  # type: ignore[arg-type]
+        else:
+            yield raw
+
+
+def _bounded_lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Lines; None for one that is longer than LONGEST_LINE, of which nothing is held."""
+    try:
+        while line := stream.readline(LONGEST_LINE):
+            if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+                yield line
+                continue
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST_LINE)
+            yield None
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"{getattr(stream, 'name', 'an input')} cannot be decompressed to its end: {error}"
+        ) from None
+
+
+# --- between phases ----------------------------------------------------------------------------------------
+
+
+def part(folder: Path, rank: int) -> Path:
+    return folder / f"{rank:05d}.jsonl.zst"
+
+
+class ReadPart(PipelineStep):
+    """What this rank of the phase before wrote, in its order."""
+
+    type, name = "read", "part"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with opened(part(self.folder, rank)) as stream:
+            for line in stream:
+                record = orjson.loads(line)
+                yield Document(text=record["text"], id=record["id"], metadata=record["metadata"])
+
+
+class WritePart(PipelineStep):
+    """Writes {text, id, metadata} lines; the file is whole or absent, and the same bytes whenever it is made."""
+
+    type, name = "write", "part"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        import zstandard
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = part(self.folder, rank)
+        partial = partial_path(path)
+        try:
+            with partial.open("wb") as raw, zstandard.ZstdCompressor(3).stream_writer(raw) as stream:
+                for document in data:
+                    self.stat_update("total")
+                    record = {"text": document.text, "id": document.id, "metadata": document.metadata}
+                    stream.write(orjson.dumps(record, default=str) + b"\n")
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        yield from ()

@@ -1,0 +1,81 @@
+"""A classifier learns labels that length does not give away, says how well, and is the same after loading."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_smol.curate.classifier import Classifier, Settings, train
+from megatron_smol.errors import UserError
+from tests.tiny import environment, smol
+
+TEACHING = ["because", "therefore", "example", "suppose", "theorem", "exercise", "explain", "consider"]
+SELLING = ["buy", "discount", "subscribe", "cookie", "login", "shipping", "checkout", "deal"]
+FILLER = [f"word{number}" for number in range(300)]
+
+
+def labelled(count: int, seed: int) -> tuple[list[str], list[float]]:
+    """Score s: s of 5 telling words teach, the rest sell; length is drawn apart from the score."""
+    chance = random.Random(seed)
+    texts, scores = [], []
+    for _ in range(count):
+        score = chance.randint(0, 5)
+        telling = chance.sample(TEACHING, score) + chance.sample(SELLING, 5 - score)
+        words = telling * 3 + chance.choices(FILLER, k=chance.randint(20, 200))
+        chance.shuffle(words)
+        texts.append(" ".join(words))
+        scores.append(float(score))
+    return texts, scores
+
+
+def test_learns_what_length_cannot_tell_and_loads_equal(tmp_path: Path) -> None:
+    made = train(*labelled(1500, 0), Settings(), threshold=3)
+    report = made.report
+    low, high = report["macro_f1_95"]
+    assert low <= report["macro_f1"] <= high
+    assert low > report["macro_f1_by_length_alone"] + 0.1, report
+    cuts = {cut["threshold"]: cut for cut in report["thresholds"]}
+    assert cuts[3.0]["f1"] > 0.8 and cuts[0.5]["kept"] > cuts[4.5]["kept"]
+    made.save(tmp_path / "made")
+    fresh, scores = labelled(200, 1)
+    loaded = Classifier.load(tmp_path / "made")
+    assert (loaded.scores(fresh) == made.scores(fresh)).all() and loaded.report == report
+    assert np.corrcoef(loaded.scores(fresh), scores)[0, 1] > 0.8
+
+
+def test_labels_that_mean_nothing_are_not_learned() -> None:
+    texts, scores = labelled(1500, 0)
+    random.Random(2).shuffle(scores)
+    low, _ = train(texts, scores, Settings(), threshold=3).report["macro_f1_95"]
+    assert low < 0.25
+
+
+def test_the_command(tmp_path: Path) -> None:
+    texts, scores = labelled(300, 0)
+    path = tmp_path / "labels.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": t, "score": s}) + "\n" for t, s in zip(texts, scores, strict=True))
+    )
+    done = subprocess.run(
+        smol("classifier", path, "--output", tmp_path / "made"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "macro-F1" in done.stdout and "keep >= 3.0" in done.stdout
+    assert Classifier.load(tmp_path / "made").report["held_out"] == 30
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot train a classifier"):
+        train(["a"] * 60, [1.0] * 60, Settings(), 3)
+    with pytest.raises(UserError, match="between 0 and 5, found 0 to 9"):
+        train(["a"] * 60, [0.0, 9.0] * 30, Settings(), 3)
+    with pytest.raises(UserError, match="holds no classifier"):
+        Classifier.load(tmp_path)

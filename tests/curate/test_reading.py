@@ -1,0 +1,151 @@
+"""WARC, formulas, languages and other inputs as they come from the web, broken ones too."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from datatrove.data import Document
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from megatron_smol.curate import reading
+from megatron_smol.curate.filters import LanguageOf, WithoutControl
+from megatron_smol.curate.formulas import keep_formulas
+from megatron_smol.curate.kept import FewDropped
+from megatron_smol.curate.reading import ReadInputs, ReadPart, WritePart
+from megatron_smol.errors import UserError
+
+PARAGRAPH = "The area of a triangle is half of its base times its height, which can be seen by cutting a rectangle in two along a line from corner to corner. "
+PAGE = "<html><head><title>t</title></head><body><nav>Home About</nav><article><h1>Triangles</h1>{}</article></body></html>"
+
+
+def warc(path: Path, pages: dict[str, bytes]) -> Path:
+    with path.open("wb") as stream:
+        writer = WARCWriter(stream, gzip=path.suffix == ".gz")
+        for url, body in pages.items():
+            headers = StatusAndHeaders(
+                "200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.0"
+            )
+            writer.write_record(
+                writer.create_warc_record(url, "response", payload=io.BytesIO(body), http_headers=headers)
+            )
+    return path
+
+
+def read(*files: Path, extract: str = "trafilatura") -> tuple[list[Document], dict[str, float]]:
+    step = ReadInputs([str(file) for file in files], "text", extract)
+    found = list(step.run(None))
+    return found, {name: stat.total for name, stat in step.stats.stats.items()}
+
+
+def test_pages_of_a_warc_file(tmp_path: Path) -> None:
+    body = PAGE.format(f"<p>{PARAGRAPH * 3}</p><p>Œuvre naïve</p>").encode()
+    found, _ = read(
+        warc(tmp_path / "a.warc.gz", {"https://site.org/a": body, "https://site.org/b": b"<html></html>"})
+    )
+    assert [document.metadata["url"] for document in found] == ["https://site.org/a"]
+    assert (
+        PARAGRAPH.strip() in found[0].text
+        and "Œuvre naïve" in found[0].text
+        and "Home About" not in found[0].text
+    )
+
+
+def test_a_warc_file_that_breaks_off_gives_what_it_has(tmp_path: Path) -> None:
+    body = PAGE.format(f"<p>{PARAGRAPH * 3}</p>").encode()
+    path = warc(tmp_path / "a.warc.gz", {f"https://site.org/{i}": body for i in range(3)})
+    path.write_bytes(path.read_bytes()[:-40])
+    found, counts = read(path)
+    assert 2 <= len(found) <= 3 and counts.get("dropped_broken_warc", 0) + len(found) >= 3
+    path.write_bytes(b"no warc at all\r\n" * 9)
+    found, counts = read(path)
+    assert found == [] and counts["dropped_broken_warc"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ('<p>so <script type="math/tex">a^2 + b^2</script> it is</p>', "so $a^2 + b^2$ it is"),
+        ('<p>so <script type="math/tex; mode=display">\\frac{1}{2}</script>.</p>', "so $$\\frac{1}{2}$$ ."),
+        (
+            '<p>x <math><semantics><mi>y</mi><annotation encoding="application/x-tex">y_1</annotation></semantics></math> z</p>',
+            "x $y_1$ z",
+        ),
+        ('<p>x <math alttext="\\alpha"><mi>a</mi></math> z</p>', "x $\\alpha$ z"),
+        ('<p>x <img class="latex" alt="e^{i\\pi}" src="a.png"> z</p>', "x $e^{i\\pi}$ z"),
+        ('<p>x <img class="photo" alt="a cat"> z \\(k\\)</p>', "x z \\(k\\)"),
+    ],
+)
+def test_formulas_stay(given: str, expected: str) -> None:
+    from lxml import html
+
+    text = html.document_fromstring(keep_formulas(PAGE.format(given))).find(".//p").text_content()
+    assert " ".join(text.split()) == expected
+
+
+def test_formulas_through_the_whole_extraction(tmp_path: Path) -> None:
+    body = PAGE.format(
+        f"<p>{PARAGRAPH * 3}</p><p>{PARAGRAPH} It is <script type='math/tex'>A = bh/2</script> then.</p>"
+    )
+    path = warc(tmp_path / "a.warc", {"https://site.org/a": body.encode()})
+    assert "$A = bh/2$" in read(path, extract="latex")[0][0].text
+    assert "bh/2" not in read(path)[0][0].text
+
+
+def test_a_line_that_is_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "two"}\n\n{"text": " "}\n')
+    found, counts = read(path)
+    assert [document.text for document in found] == ["one", "two"]
+    assert (counts["dropped_line_too_long"], counts["dropped_empty"]) == (1, 1)
+
+
+def test_parquet_and_empty_files(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one", None, "two"], "url": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("")
+    found, counts = read(tmp_path / "a.parquet", tmp_path / "b.jsonl")
+    assert [(d.text, d.metadata["url"]) for d in found] == [("one", "a"), ("two", "c")] and counts[
+        "dropped_no_text"
+    ] == 1
+
+
+def test_parts_hold_what_was_written_and_the_same_bytes(tmp_path: Path) -> None:
+    documents = [
+        Document(text=f"text {i} é", id=str(i), metadata={"score": i / 3, "url": "u"}) for i in range(50)
+    ]
+    for name in ("a", "b"):
+        assert list(WritePart(tmp_path / name).run(iter(documents), rank=3)) == []
+    assert (tmp_path / "a/00003.jsonl.zst").read_bytes() == (tmp_path / "b/00003.jsonl.zst").read_bytes()
+    back = list(ReadPart(tmp_path / "a").run(None, rank=3))
+    assert [(d.text, d.id, d.metadata) for d in back] == [(d.text, d.id, d.metadata) for d in documents]
+
+
+def test_control_characters_that_the_tokenizer_drops_are_removed_and_counted() -> None:
+    step = WithoutControl()
+    assert step.format("a\x04b\x1dc\td\U00040001e\U0001f600") == "abc\tde\U0001f600"
+    assert step.stats.stats["characters_removed"].total == 3
+
+
+def test_languages(tmp_path: Path) -> None:
+    english, french = (
+        "the cat sat on the mat and looked at the dog",
+        "le chat est sur le tapis et regarde le chien",
+    )
+    few = FewDropped(tmp_path / "few")
+    step = LanguageOf(("en",), 0.65, "py3langid", None, few)
+    kept = Document(text=english, id="1")
+    assert (
+        step.filter(kept) is True
+        and kept.metadata["language"] == "en"
+        and kept.metadata["language_score"] > 0.9
+    )
+    assert step.filter(Document(text=french, id="2")) == (False, "language_fr")
+    assert LanguageOf(("en",), 1.1, "py3langid", None, few).filter(kept) == (False, "language_unsure")
+    with pytest.raises(UserError, match="no language model at"):
+        LanguageOf(("en",), 0.65, "fasttext", tmp_path / "no.bin", few)

@@ -1,0 +1,98 @@
+"""Faults at random moments of a job under Slurm, and the clock beside them."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.slurm.conftest import LONG, User, assert_nothing_lost
+from tests.slurm.table import Trial
+from tests.tiny import TinyRun, rows
+
+
+def struck(
+    user: User,
+    whole: TinyRun,
+    wanted: int,
+    fault: Callable[[int], None],
+    mend: Callable[[], None] = lambda: None,
+) -> list[Trial]:
+    """Do `fault` (it gets the job's id) `wanted` times to jobs one after the other. Every job then ends equal to the
+    run that nothing happened to."""
+    chance = random.Random(wanted)
+    made: list[Trial] = []
+    while len(made) < wanted:
+        job = user.submit(overrides=LONG, FUTILE_LEGS="100")
+        while len(made) < wanted and random_moment(user, job, chance):
+            strike = Strike.now(user, job)
+            fault(job)
+            trial = strike.followed(whole.run)
+            mend()
+            if trial is not None:
+                made.append(trial)
+        finish(user, job, whole)
+        shutil.rmtree(user.run)
+    return made
+
+
+def random_moment(user: User, job: int, chance: random.Random) -> bool:
+    """Wait, one time in three somewhere in the start of a leg, else within 25 steps; False: the run is over."""
+    user.until(lambda: user.is_over(job) or user.ranks(job), "rank")
+    if chance.random() < 1 / 3:
+        time.sleep(chance.uniform(0, 6))
+    else:
+        wanted = user.lines() + chance.randint(1, 25)
+        user.until(lambda: user.is_over(job) or user.lines() >= wanted, f"line {wanted}")
+    return not user.is_over(job)
+
+
+def finish(user: User, job: int, whole: TinyRun) -> None:
+    ended = user.cluster.wait(job)
+    assert ended["JobState"] == "COMPLETED", user.log(job)[-3000:]
+    assert_nothing_lost(user, whole)
+
+
+@dataclass
+class Strike:
+    """One fault done to a job: when, what the run had done by then, and what follows."""
+
+    user: User
+    job: int
+    lines: int
+    ends: int
+    starts: int
+    at: float
+
+    @classmethod
+    def now(cls, user: User, job: int) -> Strike:
+        return cls(user, job, user.lines(), len(user.legs()), len(user.legs("start")), time.monotonic())
+
+    def followed(self, whole: Path) -> Trial | None:
+        """Wait for the verdict and the next leg (of this job, or in the same allocation). None: the run ended before
+        the fault could do anything to it."""
+        detected, state = None, ""
+
+        def back() -> bool:
+            nonlocal detected, state
+            state = self.user.cluster.job(self.job)["JobState"]
+            assert state not in ("FAILED", "CANCELLED"), self.user.log(self.job)[-3000:]
+            if detected is None and (len(self.user.legs()) > self.ends or state != "RUNNING"):
+                detected = time.monotonic() - self.at
+            return state == "COMPLETED" or len(self.user.legs("start")) > self.starts
+
+        self.user.until(back, "leg after the fault", seconds=180)
+        if state == "COMPLETED":
+            return None
+        start = self.user.legs("start")[self.starts]
+        return Trial(
+            detected, time.monotonic() - self.at, max(0, self.lines - lines_at(whole, start["progress"]))
+        )
+
+
+def lines_at(run: Path, progress: list[int]) -> int:
+    """Rows of metrics.jsonl up to a position (stage index, step)."""
+    return sum([row["stage_index"], row["step"]] <= progress for row in rows(run / "metrics.jsonl"))
