@@ -14,6 +14,7 @@ from collections.abc import Callable
 import typer
 
 from megatron_smol.commands import evals, post, run, slurm
+from megatron_smol.commands.ablate import ablate
 from megatron_smol.commands.bench import bench_app
 from megatron_smol.commands.classifier import classifier
 from megatron_smol.commands.convert import convert_app
@@ -47,6 +48,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     post.chat,
     post.generate,
     evals.eval,
+    ablate,
     run.report,
     run.doctor,
 )

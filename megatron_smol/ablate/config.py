@@ -1,0 +1,97 @@
+"""What an ablation file may say. `recipes` turns it into one recipe a run.
+
+Two kinds, both SmolLM2's (paper, section 3.1): from scratch (web data: a candidate alone for the whole budget), and
+annealing (maths, code: from a checkpoint of a run in progress, `share` of the candidate in the running mixture, the
+LR straight down to zero).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_smol.errors import UserError
+from megatron_smol.recipe.load import load_yaml
+from megatron_smol.recipe.mixture import resolve_mixture
+from megatron_smol.recipe.schema import TokensOrSteps
+
+CONTROL = "control"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Start(Section):
+    """The checkpoint that every run starts from."""
+
+    run: Path = Field(description="run folder with the checkpoint")
+    stage: str = Field(description="stage of the base recipe that it belongs to")
+    at: TokensOrSteps = Field(description="where in that lineage: tokens or steps")
+
+
+class Evaluation(Section):
+    """`smol eval` of every finished run."""
+
+    tasks: tuple[str, ...]
+    data_dir: Path | None = None
+    limit: int | None = Field(None, gt=0)
+
+
+class Ablation(Section):
+    """An ablation file."""
+
+    name: str
+    base: Path = Field(description="recipe with the model, the sources and everything that the runs share")
+    output: Path = Field(description="folder of the runs and the results")
+    from_: Start | None = Field(None, alias="from", description="absent: from scratch")
+    budget: TokensOrSteps = Field(description="length of every run")
+    candidates: dict[str, dict[str, Any]] = Field(description="mixtures by name", min_length=1)
+    shares: tuple[float, ...] = Field((0.6,), description="of a candidate in an annealing run; SmolLM2: 0.6")
+    running: dict[str, Any] | None = Field(
+        None, description="the rest; default: the mixture of the stage that is left"
+    )
+    control: bool = Field(True, description="annealing: also the running mixture alone")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="added to the recipe's data seed")
+    rank_by: str = Field("loss:mean", description="loss:SOURCE, loss:mean, or TASK:METRIC of an evaluation")
+    eval: Evaluation | None = None
+    ranks: int = Field(0, ge=0, description="processes of a run on this machine; 0: one, without a launcher")
+    overrides: tuple[str, ...] = Field((), description="of the base recipe, as a.b=c")
+
+    @field_validator("seeds", "shares")
+    @classmethod
+    def _no_twins(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"a value is given twice in {list(value)}")
+        return value
+
+    @field_validator("shares")
+    @classmethod
+    def _are_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or not all(0 < share <= 1 for share in value):
+            raise ValueError(f"shares must lie above 0 and at most 1, found {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _mixtures(self) -> Ablation:
+        if CONTROL in self.candidates:
+            raise ValueError(f"a candidate cannot be called '{CONTROL}': that is the running mixture alone")
+        for name, mixture in self.candidates.items():
+            try:
+                resolve_mixture(mixture)
+            except ValueError as error:
+                raise ValueError(f"candidate '{name}': {error}") from None
+        return self
+
+
+def load_ablation(path: Path) -> Ablation:
+    """Read an ablation file; raises UserError."""
+    try:
+        return Ablation.model_validate(load_yaml(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {where + ': ' if where else ''}{message}") from None

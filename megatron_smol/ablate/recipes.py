@@ -1,0 +1,152 @@
+"""One recipe a run of an ablation: the base recipe up to the checkpoint, then one stage with the run's mixture.
+
+A run begins as that checkpoint's continuation (`init_from: all`), so its ledger, and the epochs that its plan shows, are
+those of the whole lineage. Seeds change the order of the data and, from scratch, the first weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smol.ablate.config import CONTROL, Ablation, Start
+from megatron_smol.errors import UserError
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
+from megatron_smol.recipe.plan import Plan, StagePlan, make_plan, resolve_sizes
+from megatron_smol.recipe.schema import Recipe
+
+STAGE = "ablation"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: `arm` is what is compared (candidate, and share where several are tried)."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def stage(self) -> StagePlan:
+        return self.plan.stage(STAGE)
+
+    def epochs(self) -> dict[str, float]:
+        """Epochs of every source that the run reads, at its end."""
+        found = self.plan.epochs(self.stage)
+        return {name: found[name] for name in self.stage.weights}
+
+
+def runs_of(config: Ablation) -> list[Run]:
+    """All runs, planned. Raises UserError, as for a plan over its caps."""
+    base = load_recipe(config.base, list(config.overrides))
+    start = _starting_point(base, config.from_) if config.from_ else None
+    made = []
+    for arm, mixture in _arms(config, start):
+        for seed in config.seeds:
+            recipe = Recipe.model_validate(_recipe(base, config, start, arm, mixture, seed))
+            plan = make_plan(recipe, resolve_sizes(recipe))
+            plan.require_no_errors()
+            made.append(Run(arm, seed, recipe, plan))
+    return made
+
+
+def require_checkpoint(runs: list[Run]) -> None:
+    """Raise UserError unless the checkpoint that the runs start from is there."""
+    if (init := runs[0].recipe.init_from) is not None and not Path(init.path).is_dir():
+        path = Path(init.path)
+        stage = path.name.rpartition("-")[0]
+        there = ", ".join(sorted(p.name for p in path.parent.glob(f"{stage}-*"))) or "none"
+        raise UserError(f"there is no checkpoint {path}; of that stage there are: {there}")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    stage: StagePlan
+    step: int
+    path: Path
+
+
+def _starting_point(base: Recipe, start: Start) -> _Checkpoint:
+    plan = make_plan(base, resolve_sizes(base))
+    names = [stage.name for stage in plan.stages if not stage.is_branch]
+    if start.stage not in names:
+        raise UserError(f"the base recipe has no trunk stage '{start.stage}' (allowed: {', '.join(names)})")
+    stage = plan.stage(start.stage)
+    step = (
+        start.at.value
+        if start.at.unit == "steps"
+        else stage.start_step + round((start.at.value - stage.start_tokens) / stage.tokens_per_step)
+    )
+    if not stage.start_step < step <= stage.end_step:
+        raise UserError(
+            f"from.at is step {step:,}, outside of stage '{stage.name}' (steps {stage.start_step:,} to {stage.end_step:,})"
+        )
+    return _Checkpoint(stage, step, start.run / "checkpoints" / f"{stage.name}-{step:08d}")
+
+
+def _arms(config: Ablation, start: _Checkpoint | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, mixture) of everything that is compared."""
+    if start is None:
+        yield from config.candidates.items()
+        return
+    running = config.running or mixture_text(start.stage.weights)
+    if config.control:
+        yield CONTROL, running
+    for name, mixture in config.candidates.items():
+        for share in config.shares:
+            arm = name if len(config.shares) == 1 else f"{name} {share:g}"
+            parts = {"candidate": {"weight": share, "of": mixture}}
+            yield arm, parts if share == 1 else parts | {"running": {"weight": 1 - share, "of": running}}
+
+
+def _recipe(
+    base: Recipe, config: Ablation, start: _Checkpoint | None, arm: str, mixture: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    data = base.model_dump(mode="json", by_alias=True, exclude_none=True)
+    unknown = [name for name in resolve_mixture(mixture) if name not in base.sources]
+    if unknown:
+        raise UserError(
+            f"'{arm}' names the source '{unknown[0]}', which {config.base} does not have; it has {', '.join(base.sources)}"
+        )
+    folder = arm.replace(" ", "-")
+    data |= {
+        "name": f"{config.name}-{folder}-{seed}",
+        "run_dir": str(config.output.absolute() / folder / f"seed-{seed}"),
+    }
+    data["data"] |= {"seed": base.data.seed + seed, "page_length": f"{base.page_length}"}
+    data.pop("tail", None)
+    stage: dict[str, Any] = {"name": STAGE, "tokens": _amount(config.budget), "mixture": mixture}
+    if start is None:
+        data |= {"seed": base.seed + seed, "stages": [stage]}
+        return data
+    stages = []
+    for own in data["stages"]:
+        if own.get("from"):
+            continue
+        stages.append(own)
+        if own["name"] == start.stage.name:
+            own.pop("tokens", None)
+            own["until"] = f"{start.step} steps"
+            break
+    settings = base.training_of(next(s for s in base.stages if s.name == start.stage.name))
+    stage |= {
+        name: getattr(settings, name)
+        for name in ("seq_length", "rope_base", "global_batch", "micro_batch", "precision")
+    }
+    data["stages"] = [*stages, stage | {"lr": {"end": 0.0}}]
+    data["init_from"] = {"path": str(start.path.absolute()), "what": "all"}
+    for bound in ("decay_start", "decay_end"):  # they lie beyond, and this run has a decay of its own
+        data["lr"].pop(bound, None)
+    return data
+
+
+def _amount(amount: Any) -> str:
+    return f"{amount.value} steps" if amount.unit == "steps" else f"{amount.value}"
