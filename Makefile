@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 # The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: install demo test bench laws parity faults check docs clean help
+.PHONY: install demo demo-real test bench laws parity faults check docs clean help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 install: $(INSTALLED)  ## virtual environment, pinned libraries, C++ extension (about 1 minute, then at once)
 
@@ -21,11 +21,14 @@ $(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
 	@echo "installing pinned libraries into $(VENV) (about 1 minute the first time)"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt setuptools wheel pybind11
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,demo,text,hub,post,eval]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,curate,demo,text,hub,post,eval]'
 	@touch $@
 
-demo: install  ## the whole recipe in miniature: text in, a Hugging Face model out (about 5 minutes on 2 cores)
+demo: install  ## the whole recipe in miniature: text in, an evaluated chat model out (about 8 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+demo-real: install  ## the real SmolLM2-135M: import, ten steps, export, SFT, chat (MODEL=hub name, folder or .gguf)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash examples/demo_real.sh
 
 test: install  ## all tests (about 8 minutes on 2 cores; TESTS=tests/data for a part)
 	$(BIN)/python -m pytest $(TESTS)
@@ -34,7 +37,8 @@ bench: install  ## measured ratios against peers, kept in bench/results/ (about 
 	$(BIN)/python -m bench
 
 faults: install  ## kills, lost nodes, preemption, ... under a real Slurm on this machine (root and Slurm needed)
-	$(BIN)/python -m pytest -m faults tests/slurm
+	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm
+	SAVE_KILLS=20 SAVE_HIDDEN=256 $(BIN)/python -m pytest -s tests/checkpoint/test_async_kills.py
 
 laws: install  ## the data's laws on 2,000 random recipes against a plain-Python oracle (long)
 	LAWS_EXAMPLES=2000 $(BIN)/python -m pytest tests/data/test_laws.py

@@ -3,40 +3,45 @@
 Ours writes megatron-core's distributed format, hashes every file, flushes all of it to the disk and renames it
 into place; loading checks the hashes first, as a resumed run does. The peer is the usual script with the same
 safety where it is cheap: one file, flushed, read with weights_only. On the wall, because disks are.
+
+Then a save beside training against one that training waits for, in turns: the stall is all the time spent in the trainer's
+calls, from the request to the publication; what steps lose meanwhile to the thread that writes is told apart from it.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.common import Outcome, Seconds, Turns, run, say, take_turns, timed
+from bench.common import Outcome, Seconds, Spread, Turns, run, say, take_turns, timed
 from bench.shape import build, describe
 from megatron_smol.checkpoint import folder, store
+from megatron_smol.checkpoint.staging import Staging
 from megatron_smol.data.loader import MicroBatch
 from megatron_smol.train.step import Engine
 
 TURNS = 4
+STALL_TURNS = 8
+STALL_GOAL = 0.10  # of the time of a save that training waits for
 
 
 def measure() -> Outcome:
     recipe, engine = build()
-    # One step, so that the moments are not zeros, which some file systems store for free.
-    ids = torch.randint(recipe.model.vocab_size, (1, 65), generator=torch.Generator().manual_seed(1))
-    engine.train_step([MicroBatch.of(ids.numpy(), torch.device("cpu"))], 1e-3)
+    _steps(engine)()  # so that the moments are not zeros, which some file systems store for free
     parameters = recipe.model.parameters()
     with tempfile.TemporaryDirectory() as where:
         ours, peer = Path(where) / "ours-00000001", Path(where) / "peer.pt"
         same = _tensors(engine)
-        state = {"stage": "ours", "stage_index": 0, "step": 1}
         say(f"{TURNS} turns of save and load, {sum(t.nbytes for t in same.values()) / 1e6:.0f} MB")
         save = take_turns(
-            lambda: timed(lambda: store.save(engine, ours, state, parameters)),
+            lambda: timed(lambda: store.save(engine, ours, _STATE, parameters)),
             lambda: timed(lambda: _torch_save(same, peer)),
             TURNS,
             "wall",
@@ -54,6 +59,7 @@ def measure() -> Outcome:
             TURNS,
             "wall",
         )
+        beside = _beside_training(engine, Path(where), parameters)
         size = {"ours": sum(f.stat().st_size for f in ours.iterdir()), "peer": peer.stat().st_size}
     seconds = {what: _medians(turns) for what, turns in (("save", save), ("load", load))}
     return Outcome(
@@ -67,13 +73,79 @@ def measure() -> Outcome:
             "save": save.to_json(),
             "load": {**load.to_json(), "ratio": load.ratio.to_json()},
             "of_our_load_verify_wall_seconds": [s.wall for s in verify],
+            "beside_training": beside,
         },
         settings=describe(recipe),
         notes=[
             f"load: ratio {load.ratio.median:.2f} (ours {seconds['load'][0]:.2f} s with the hashes checked, torch.load "
-            f"{seconds['load'][1]:.2f} s without)"
+            f"{seconds['load'][1]:.2f} s without)",
+            _told(beside),
         ],
     )
+
+
+def _beside_training(engine: Engine, where: Path, parameters: int) -> dict[str, Any]:
+    """Saves that training waits for and saves beside it, in turns, in this run; seconds on the wall."""
+    staging, step = Staging(), _steps(engine)
+    found: dict[str, list[float]] = {
+        name: [] for name in ("waited", "stall", "longest_call", "slowdown", "until_durable")
+    }
+    first = store.begin_save(engine, where / "first-00000000", _STATE, parameters, staging)
+    first_stall = first.stall_seconds  # takes the buffers from the system, once a run
+    first.finish()
+    undisturbed = [step() for _ in range(12)][2:]
+    for turn in range(STALL_TURNS):
+        whole = timed(
+            lambda: store.begin_save(engine, where / "waited-00000001", _STATE, parameters, staging).finish()
+        )
+        found["waited"].append(whole.wall)
+        undisturbed.append(step())
+        calls, steps, begin = [], [], time.perf_counter()
+        under_way = store.begin_save(engine, where / f"beside-{turn:08d}", _STATE, parameters, staging)
+        calls.append(time.perf_counter() - begin)
+        published = False
+        while not published:
+            steps.append(step())
+            asked = time.perf_counter()
+            published = under_way.finish(wait=False)
+            calls.append(time.perf_counter() - asked)
+        found["until_durable"].append(time.perf_counter() - begin)
+        found["stall"].append(sum(calls))
+        found["longest_call"].append(max(calls))
+        found["slowdown"].append(sum(steps) - len(steps) * statistics.median(undisturbed))
+        folder.discard(where / f"beside-{turn:08d}")
+    ratio = [stall / waited for stall, waited in zip(found["stall"], found["waited"], strict=True)]
+    return {
+        "stall_over_waited": Spread(tuple(ratio)).to_json(),
+        **{f"{name}_wall_seconds": Spread(tuple(values)).to_json() for name, values in found.items()},
+        "first_stall_wall_seconds": first_stall,
+        "step_wall_seconds": Spread(tuple(undisturbed)).to_json(),
+        "tokens_per_step": _LENGTH,
+    }
+
+
+def _told(beside: dict[str, Any]) -> str:
+    share, seconds = (
+        beside["stall_over_waited"],
+        {k: v["median"] for k, v in beside.items() if isinstance(v, dict)},
+    )
+    return (
+        f"beside training: stall {share['median']:.1%} ({share['min']:.1%} to {share['max']:.1%}; goal {STALL_GOAL:.0%}) of a "
+        f"save that training waits for, {seconds['stall_wall_seconds']:.3f} of {seconds['waited_wall_seconds']:.2f} s; steps lose "
+        f"{seconds['slowdown_wall_seconds']:.2f} s besides to the thread that writes, durable after "
+        f"{seconds['until_durable_wall_seconds']:.2f} s"
+    )
+
+
+_STATE = {"stage": "ours", "stage_index": 0, "step": 1}
+_LENGTH = 64
+
+
+def _steps(engine: Engine) -> Any:
+    """A call trains one step and gives its seconds."""
+    ids = torch.randint(8192, (1, _LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    batch = [MicroBatch.of(ids.numpy(), torch.device("cpu"))]
+    return lambda: timed(lambda: engine.train_step(batch, 1e-4)).wall
 
 
 def _tensors(engine: Engine) -> dict[str, Tensor]:

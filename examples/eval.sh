@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluation beside training, as SmolLM2 did it: one Slurm job of one GPU for each checkpoint.
 #
-#   bash examples/eval.sh runs/smollm2_1.7b                       a job for the end of every stage reached so far
+#   bash examples/eval.sh runs/smollm2_1.7b                       a job for the end of every stage so far, sft and dpo
 #   bash examples/eval.sh runs/smollm2_1.7b/checkpoints/stable-1-00100000 ...      jobs for these
 #
 # Run it as often as you like: a job whose results are in RUN/evals.jsonl ends at once, and one that was killed goes on

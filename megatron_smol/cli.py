@@ -23,6 +23,7 @@ from megatron_smol.commands.inspect import inspect
 from megatron_smol.commands.preprocess import preprocess
 from megatron_smol.commands.source import data_app
 from megatron_smol.errors import DataError, UserError, leave, ranks_have_met
+from megatron_smol.train import signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,6 +81,7 @@ def entry() -> None:
     try:
         main()
     except SystemExit as done:
+        signals.hold()  # one that comes now would turn a finished command into a failed one
         leave(done.code if isinstance(done.code, int) else 0 if done.code is None else 1)
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch.distributed import checkpoint as dcp
 
-from megatron_smol.checkpoint import folder, store
+from megatron_smol.checkpoint import folder, saving, store
 from megatron_smol.data.batch import Documents, MicroBatch
 from megatron_smol.model.llama import named_global_parameters
 from megatron_smol.recipe.load import parse_recipe
@@ -139,10 +139,16 @@ def save(running: Engine, path: str) -> None:
 
 def stored_tensors(path: Path) -> dict[str, str]:
     """Shape and hash of every whole tensor in a checkpoint: weights, master weights and moments."""
+    return {
+        name: f"{list(tensor.shape)} {digest(tensor)}" for name, tensor in stored_tensors_whole(path).items()
+    }
+
+
+def stored_tensors_whole(path: Path) -> dict[str, torch.Tensor]:
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    return {name: f"{list(tensor.shape)} {digest(tensor)}" for name, tensor in tensors.items()}
+    return tensors
 
 
 def save_fails(path: str) -> tuple[str, list[str]]:
@@ -151,7 +157,7 @@ def save_fails(path: str) -> tuple[str, list[str]]:
 
     running = engine(Layout(2))
     if torch.distributed.get_rank() == 0:
-        store._InProcessWriter._write = _no_space  # type: ignore[method-assign]
+        saving._Writer.write = _no_space  # type: ignore[method-assign]
     try:
         store.save(running, Path(path), {"stage": "one", "stage_index": 0, "step": 3}, parameters=10_000)
     except CheckpointError as error:
@@ -160,5 +166,5 @@ def save_fails(path: str) -> tuple[str, list[str]]:
     return "", []
 
 
-def _no_space(self: Any, rank: int, buckets: Any, results: Any) -> None:
-    results.put(OSError(28, "No space left on device"))
+def _no_space(self: Any) -> Any:
+    raise OSError(28, "No space left on device")

@@ -3,13 +3,14 @@
 
 Writes, under --out (default data/demo/chat):
 
-  sft.jsonl   {"messages": [question, right answer]}: conversations for `smol sft`
-  dpo.jsonl   {"prompt", "chosen": right answer, "rejected": wrong answer}: pairs for `smol dpo`
+  sft.jsonl                 {"messages": [question, right answer]}: conversations for `smol sft`
+  dpo.jsonl                 {"prompt", "chosen": right answer, "rejected": wrong answer}: pairs for `smol dpo`
+  demo_answers/test.jsonl   {"question", "choices", "answer": its index}: questions for `smol eval`
 
-Every answer is put to the task's own verifier first: a right one scores 1, a wrong one less. A wrong answer is a
-word, which no question here asks for: to tell these from right ones is what the demo's model of 7 million parameters
-can learn in a minute, to calculate is not. The same seed gives the same bytes, and no problem is in both files.
-reasoning-gym is Apache-2.0.
+Every answer is put to the task's own verifier first: a right one scores 1, a wrong one less. A rejected answer is a
+word, which no question here asks for, and the choices of a question are answers of every kind (a number, a weekday, a
+fraction, ...): to tell these from right ones is what the demo's model of 7 million parameters can learn in a minute, to
+calculate is not. The same seed gives the same bytes, and no problem is in two files. reasoning-gym is Apache-2.0.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 WRONG_TASK = "spell_backward"  # its answers are words
 SEED = 8
+SFT, DPO, EVAL = "sft.jsonl", "dpo.jsonl", "demo_answers/test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,39 @@ def problems(task: str, count: int) -> list[Problem]:
     ]
 
 
-def rows(conversations: int, pairs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file, row) of both files, task by task in turn; a problem goes to one file or the other."""
-    for_sft, for_dpo = -(-conversations // len(TASKS)), -(-pairs // len(TASKS))
-    by_task = {task: problems(task, for_sft + for_dpo) for task in TASKS}
-    words = iter(problems(WRONG_TASK, len(TASKS) * (for_sft + for_dpo)))
-    for index in range(for_sft + for_dpo):
-        for task in TASKS:
-            problem, wrong = by_task[task][index], next(words).answer
-            if not problem.is_right(problem.answer) or problem.is_right(wrong):
-                raise UserError(
-                    f"{task}: the verifier does not tell right from wrong for {problem.question!r}"
-                )
-            if index < for_sft:
+def rows(conversations: int, pairs: int, questions: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file, row) of all files, task by task in turn; a problem goes to one file."""
+    each = [-(-count // len(TASKS)) for count in (conversations, pairs, questions)]
+    ends = [sum(each[: part + 1]) for part in range(len(each))]
+    by_task = {task: problems(task, ends[-1]) for task in TASKS}
+    words = iter(problems(WRONG_TASK, len(TASKS) * ends[1]))
+    for index in range(ends[-1]):
+        for place, task in enumerate(TASKS):
+            problem = by_task[task][index]
+            if index < ends[0]:
+                _require_right_and_wrong(problem, [next(words).answer])
                 asked = {"role": "user", "content": problem.question}
-                yield (
-                    "sft.jsonl",
-                    {"messages": [asked, {"role": "assistant", "content": sentence(problem.answer)}]},
-                )
-            else:
+                told = {"role": "assistant", "content": sentence(problem.answer)}
+                yield SFT, {"messages": [asked, told]}
+            elif index < ends[1]:
+                wrong = next(words).answer
+                _require_right_and_wrong(problem, [wrong])
                 answers = {"chosen": sentence(problem.answer), "rejected": sentence(wrong)}
-                yield "dpo.jsonl", {"prompt": problem.question, **answers}
+                yield DPO, {"prompt": problem.question, **answers}
+            else:
+                kinds = [by_task[other][index].answer for other in TASKS]
+                _require_right_and_wrong(problem, kinds[:place] + kinds[place + 1 :])
+                first = index % len(kinds)
+                asks = {
+                    "question": problem.question,
+                    "choices": [sentence(answer) for answer in kinds[first:] + kinds[:first]],
+                }
+                yield EVAL, asks | {"answer": (place - first) % len(kinds)}
+
+
+def _require_right_and_wrong(problem: Problem, wrong: list[str]) -> None:
+    if not problem.is_right(problem.answer) or any(problem.is_right(answer) for answer in wrong):
+        raise UserError(f"the verifier does not tell right from wrong for {problem.question!r}")
 
 
 def sentence(answer: str) -> str:
@@ -100,10 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("data/demo/chat"), help="folder to write")
     parser.add_argument("--conversations", type=int, default=240, help="rows of sft.jsonl (default: 240)")
     parser.add_argument("--pairs", type=int, default=120, help="rows of dpo.jsonl (default: 120)")
+    parser.add_argument("--questions", type=int, default=100, help=f"rows of {EVAL} (default: 100)")
     options = parser.parse_args(arguments)
-    files: dict[str, list[str]] = {"sft.jsonl": [], "dpo.jsonl": []}
+    files: dict[str, list[str]] = {SFT: [], DPO: [], EVAL: []}
     try:
-        for name, row in rows(options.conversations, options.pairs):
+        for name, row in rows(options.conversations, options.pairs, options.questions):
             files[name].append(json.dumps(row, ensure_ascii=False) + "\n")
     except ImportError as error:
         print(f"error: {error.name} is missing: pip install 'megatron-smol[demo]'", file=sys.stderr)
@@ -111,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
+        (options.out / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out / name, "".join(lines))
     print(f"{', '.join(f'{len(lines)} rows in {options.out / name}' for name, lines in files.items())}")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -79,7 +80,9 @@ def type_name(info: FieldInfo) -> str:
     if get_origin(inner) is tuple:
         return "list of sections"
     if get_origin(inner) is dict:
-        return "sections by name" if is_section(get_args(inner)[1]) else "mixture"
+        if is_section(get_args(inner)[1]):
+            return "sections by name"
+        return "mixture" if get_args(inner)[1] is Fraction else "lists by name"
     return "section" if is_section(inner) else NAMES[inner]
 
 

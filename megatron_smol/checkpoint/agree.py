@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.model.backend import backend
 
 
 @contextmanager
@@ -36,3 +37,10 @@ def together(doing: str, *, only_rank: int | None = None) -> Iterator[bool]:
         if found is not None:
             found.alike = True
             raise found
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it is so on all ranks; the same answer on each."""
+    flag = torch.tensor([here], dtype=torch.int32, device=backend().device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)

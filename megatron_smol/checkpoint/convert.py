@@ -80,7 +80,8 @@ def to_hf(
     dtype = dtype or trained
     if dtype not in hf.DTYPES:
         raise UserError(f"--dtype {dtype} is not known; {nearest(dtype, hf.DTYPES)}")
-    words = _open_tokenizer(tokenizer or state["tokenizer"], described.model, known_tokenizer_sha256(state))
+    known = known_tokenizer_sha256(state) if tokenizer else state.get("tokenizer_sha256")
+    words = _open_tokenizer(tokenizer or state["tokenizer"], described.model, known)
     described = _with_special_ids(described, state, words)
     record = Record("export", str(source), str(out), described.model.parameters(), dtype)
     with published(out, overwrite) as aside, record.kept_in(report, words):
@@ -164,7 +165,7 @@ def from_hf(
         folder.require_all()
         described = folder.described
         trained = "bf16" if folder.dtype() is torch.bfloat16 else "fp32"
-        own = load_tokenizer(path).sha256 if (path / "tokenizer.json").is_file() else None
+        own = load_tokenizer(path).sha256 if tokenizer and (path / "tokenizer.json").is_file() else None
         words = _open_tokenizer(tokenizer or str(path), described.model, own)
         name = tokenizer or (str(out.resolve() / gguf.TOKENIZER) if local else _lasting_name(source))
         record = Record("import", source, str(out), described.model.parameters(), trained)

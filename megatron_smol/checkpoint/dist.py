@@ -38,6 +38,7 @@ from megatron_smol.checkpoint.progress import progress
 from megatron_smol.checkpoint.safe import check_metadata
 from megatron_smol.checkpoint.weights import Shape, Weight, map_name
 from megatron_smol.errors import CheckpointError
+from megatron_smol.model.emulated_fp8 import AMAX_HISTORY
 
 Read = Callable[[str], Tensor]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -64,7 +65,8 @@ class StoredWeights:
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self._places: dict[str, _Place] = {}
         for stored, entry in self._metadata.state_dict_metadata.items():
-            if stored.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata):
+            is_weight = stored.startswith(_MODEL) and not stored.endswith(AMAX_HISTORY)
+            if is_weight and isinstance(entry, TensorStorageMetadata):
                 self._chunks[stored] = entry.chunks
                 self._places |= {map_name(place_name): place for place_name, place in _places(stored, entry)}
 

@@ -5,7 +5,7 @@
         complete.json    every file's size and SHA-256; written last, so its presence means "whole"
         *.distcp .metadata common.pt metadata.json     megatron-core's distributed format (torch_dist)
 
-A save happens in `.writing-<name>` and is renamed into place. Nothing here needs torch.
+A save happens in `.writing-<name>-<attempt>` and is renamed into place. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 from megatron_smol.errors import CheckpointError
 
-STATE, COMPLETE, WRITING, DAMAGED = "state.json", "complete.json", ".writing-", ".damaged-"
+STATE, COMPLETE = "state.json", "complete.json"
+WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
 FORMAT = 1
 
 
@@ -156,10 +157,15 @@ def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> Non
         fsync(writing / name)
     write_json(writing / COMPLETE, {"format": FORMAT, "files": files})
     fsync(writing)
-    if final.exists():  # the same step saved again (after a roll-back, say): the new one replaces the old
-        discard(final)
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if (
+        final.exists()
+    ):  # the same step saved again (after a roll-back, say); `remove_unfinished` knows what a kill leaves
+        final.rename(replaced)
     writing.rename(final)
     fsync(final.parent)
+    if replaced.exists():
+        discard(replaced)
 
 
 def discard(path: Path) -> None:
@@ -179,7 +185,13 @@ def prune(folder: Path, keep_last: int, keep: set[str]) -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clear what an interrupted save left behind."""
+    """Clear what an interrupted save left behind; a checkpoint that it was about to replace comes back."""
+    for path in folder.glob(f"{REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if final.exists():
+            discard(path)
+        else:
+            path.rename(final)
     for path in folder.glob(f"{WRITING}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -44,7 +44,8 @@ def eval(
     stages: Annotated[
         bool,
         typer.Option(
-            "--stages", help="MODEL is a run folder: evaluate the checkpoint at the end of every stage."
+            "--stages",
+            help="MODEL is a run folder: evaluate the end of every stage that has no result yet, and RUN/sft, RUN/dpo.",
         ),
     ] = False,
     compare: Annotated[

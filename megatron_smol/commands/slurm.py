@@ -110,6 +110,10 @@ def _print_status(found: Status) -> None:
         table.add_row(
             "goodput", f"{found.goodput:.1%} = kept steps x mean step time / time since the first start"
         )
+    skipped = format_tokens(found.skipped_tokens)
+    table.add_row("incidents", f"{found.incidents} ({found.hangs} hangs), {skipped} tokens skipped")
+    if found.stragglers:
+        table.add_row("slow", ", ".join(found.stragglers))
     table.add_row("last incident", found.last_incident or "none")
     Console(highlight=False, soft_wrap=True).print(table)
 

@@ -1,8 +1,9 @@
 """What a model has read, to the token: per stage, source and epoch, along the lineage of a run.
 
 The trainer adds the rows of every global batch and saves the ledger in each checkpoint and in ledger.json.
-`check` compares it with what the plan says should have been read. A branch starts from a copy of its
-parent's ledger.
+`check` compares it with what the plan says should have been read. A batch that was read and not applied (train/guard.py)
+counts as read, and as skipped besides: tokens trained on = tokens read - tokens skipped. A branch starts from a
+copy of its parent's ledger.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class PlanLike(Protocol):
 
 @dataclass
 class StageUse:
-    """What one stage read: for each source, the samples taken from each of its epochs."""
+    """What one stage read: for each source, the samples taken from each of its epochs, and how many were skipped."""
 
     seq_length: int
     samples_by_epoch: Use = field(default_factory=dict)
+    skipped_by_epoch: Use = field(default_factory=dict)
 
     def samples(self) -> dict[str, int]:
         return {name: sum(by_epoch.values()) for name, by_epoch in self.samples_by_epoch.items()}
@@ -53,9 +55,15 @@ class StageUse:
     def tokens(self) -> dict[str, int]:
         return {name: samples * self.seq_length for name, samples in self.samples().items()}
 
-    def add(self, source: str, epoch: int, samples: int) -> None:
-        by_epoch = self.samples_by_epoch.setdefault(source, {})
-        by_epoch[epoch] = by_epoch.get(epoch, 0) + samples
+    def skipped_tokens(self) -> dict[str, int]:
+        return {
+            name: sum(by_epoch.values()) * self.seq_length for name, by_epoch in self.skipped_by_epoch.items()
+        }
+
+    def add(self, source: str, epoch: int, samples: int, applied: bool = True) -> None:
+        for use in (self.samples_by_epoch,) if applied else (self.samples_by_epoch, self.skipped_by_epoch):
+            by_epoch = use.setdefault(source, {})
+            by_epoch[epoch] = by_epoch.get(epoch, 0) + samples
 
 
 @dataclass
@@ -70,8 +78,8 @@ class Ledger:
         """An empty ledger that knows the sizes of the plan's sources."""
         return cls({name: order.tokens_per_epoch for name, order in plan.orders.items()})
 
-    def add(self, stage_name: str, seq_length: int, rows: Rows) -> None:
-        """Count rows that a stage consumed, each worth `seq_length` tokens."""
+    def add(self, stage_name: str, seq_length: int, rows: Rows, applied: bool = True) -> None:
+        """Count rows that a stage read, each worth `seq_length` tokens; not `applied`: skipped."""
         if not len(rows):
             return
         use = self.stages.setdefault(stage_name, StageUse(seq_length))
@@ -82,7 +90,7 @@ class Ledger:
         for index, name in enumerate(rows.names):
             epochs, samples = np.unique(rows.epoch[rows.source == index], return_counts=True)
             for epoch, count in zip(epochs.tolist(), samples.tolist(), strict=True):
-                use.add(name, epoch, count)
+                use.add(name, epoch, count, applied)
 
     @property
     def consumed_samples(self) -> int:
@@ -97,6 +105,14 @@ class Ledger:
         total: dict[str, int] = {}
         for use in self.stages.values():
             for name, tokens in use.tokens().items():
+                total[name] = total.get(name, 0) + tokens
+        return total
+
+    def skipped_tokens(self) -> dict[str, int]:
+        """Tokens of each source that were read and not applied, along the lineage; {} where there are none."""
+        total: dict[str, int] = {}
+        for use in self.stages.values():
+            for name, tokens in use.skipped_tokens().items():
                 total[name] = total.get(name, 0) + tokens
         return total
 
@@ -126,9 +142,10 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for json.dumps; sums are there for people, and are checked when it is read back."""
-        epochs = self.epochs()
+        epochs, skipped = self.epochs(), self.skipped_tokens()
         sources = {
             name: {"tokens": tokens}
+            | ({"skipped_tokens": skipped[name]} if name in skipped else {})
             | (
                 {"tokens_per_epoch": self.tokens_per_epoch[name], "epochs": epochs[name]}
                 if name in epochs
@@ -140,6 +157,8 @@ class Ledger:
             "version": VERSION,
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
+            "skipped_tokens": sum(skipped.values()),
+            "trained_tokens": self.consumed_tokens - sum(skipped.values()),
             "sources": sources,
             "unread_sources": {n: size for n, size in self.tokens_per_epoch.items() if n not in sources},
             "stages": [_stage_to_json(name, use) for name, use in self.stages.items()],
@@ -160,14 +179,22 @@ class Ledger:
             for entry in data["stages"]:
                 use = ledger.stages[entry["name"]] = StageUse(int(entry["seq_length"]))
                 for source, read in entry["sources"].items():
+                    skipped = read.get("skipped_by_epoch", {})
                     for epoch, samples in read["samples_by_epoch"].items():
-                        use.add(source, int(epoch), int(samples))
+                        use.add(source, int(epoch), int(samples) - int(skipped.get(epoch, 0)))
+                    for epoch, samples in skipped.items():
+                        use.add(source, int(epoch), int(samples), applied=False)
             found, written = ledger.consumed_tokens, data["consumed_tokens"]
+            skips = (sum(ledger.skipped_tokens().values()), data.get("skipped_tokens", 0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the ledger is damaged: {error!r}") from None
         if found != written:
             raise CheckpointError(
                 f"the ledger is damaged: its stages add up to {found} tokens, it says {written}"
+            )
+        if skips[0] != skips[1]:
+            raise CheckpointError(
+                f"the ledger is damaged: its stages skipped {skips[0]} tokens, it says {skips[1]}"
             )
         return ledger
 
@@ -220,8 +247,17 @@ def _stage_to_json(name: str, use: StageUse) -> dict[str, Any]:
             source: {
                 "samples": samples[source],
                 "tokens": tokens[source],
-                "samples_by_epoch": {str(epoch): count for epoch, count in sorted(by_epoch.items())},
+                "samples_by_epoch": _by_epoch(by_epoch),
             }
+            | (
+                {"skipped_by_epoch": _by_epoch(skipped)}
+                if (skipped := use.skipped_by_epoch.get(source))
+                else {}
+            )
             for source, by_epoch in sorted(use.samples_by_epoch.items())
         },
     }
+
+
+def _by_epoch(samples: Mapping[int, int]) -> dict[str, int]:
+    return {str(epoch): count for epoch, count in sorted(samples.items())}

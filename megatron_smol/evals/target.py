@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_smol.checkpoint.folder import COMPLETE, STATE, Checkpoint, list_checkpoints, read_checkpoint
 from megatron_smol.data.files import sha256_file
 from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.post.output import RECORD
 
 RESULTS = "evals.jsonl"
 # What decides a model's answers; results and optimizer files in the same folder do not.
@@ -58,7 +59,7 @@ def find_target(model: str) -> Target:
 
 
 def stage_ends(run: str) -> list[Target]:
-    """The checkpoints of a run folder at which a stage ended, in the order of training."""
+    """What a run folder has of finished work: the checkpoint at each stage's end in the order of training, SFT, DPO."""
     folder = Path(run).expanduser()
     try:
         plan = json.loads((folder / "plan.json").read_text())
@@ -72,7 +73,11 @@ def stage_ends(run: str) -> list[Target]:
         raise CheckpointError(
             f"no stage of {folder} has come to its end yet; evaluate its newest checkpoint without --stages"
         )
-    return [_checkpoint_target(checkpoint) for checkpoint in found]
+    tail = [folder / kind for kind in ("sft", "dpo") if (folder / kind / RECORD).is_file()]
+    return [
+        *(_checkpoint_target(checkpoint) for checkpoint in found),
+        *(_hf_target(str(path), path, folder / RESULTS) for path in tail),
+    ]
 
 
 @contextmanager

@@ -51,7 +51,9 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:  # [s, b, heads * d]
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if self.config.context_parallel_size > 1:
             return self._shared(q, k, v, attention_mask).permute(2, 0, 1, 3).flatten(2)
@@ -65,6 +67,14 @@ class SdpaCoreAttention(MegatronModule):
             enable_gqa=q.size(1) != k.size(1),
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What Transformer Engine computes from `cu_seqlens` alone, by a mask. [t, heads, d] -> [t, 1, heads * d]."""
+        assert self.config.context_parallel_size == 1
+        lengths = cu_seqlens.diff()
+        documents = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        rows = (x.flatten(0, -3).unsqueeze(1) for x in (query, key, value))  # [t, 1, heads, d]
+        return self(*rows, documents_mask(documents[None]))
 
     def _shared(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over a window whose tokens the context-parallel ranks share; s is this rank's part."""

@@ -1,8 +1,9 @@
-"""SwiGLU and rotary positions for megatron-core's local layers, without the copies that autograd adds.
+"""SwiGLU, rotary positions and the loss for megatron-core's local layers, without the copies that autograd adds.
 
-megatron-core fuses both on a GPU (Transformer Engine, torch.compile). Its plain versions cut a tensor in two and
-join the halves again, forward and backward; here each half is written where it belongs. Same arithmetic, in the same
-order, so the results are bit-equal to transformers' Llama.
+megatron-core fuses them on a GPU (Transformer Engine, torch.compile). Its plain SwiGLU and rotation cut a tensor in two
+and join the halves again, forward and backward; here each half is written where it belongs. Same arithmetic, in the
+same order, so the results are bit-equal to transformers' Llama. Its loss goes over the logits six times, because the
+vocabulary may be split over ranks; where it is not, torch's goes twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.mlp import MLP
@@ -54,16 +56,22 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        # Lies in memory as [b, heads, s, d]: attention reads the tokens of one head after another.
+        tokens, batch, heads, dim = x.shape
+        heads_first = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
+        return _turned(x, cos, sin, heads_first.permute(2, 0, 1, 3))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return (
+            _turned(grad, cos, -sin, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)),
+            None,
+            None,
+        )
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, turned: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     out_first, out_second = turned.chunk(2, -1)
     torch.mul(first, cos, out=out_first).sub_(second * sin)
@@ -98,3 +106,17 @@ def _cos_sin(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 megatron_attention.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+_loss_in_megatron = tensor_parallel.vocab_parallel_cross_entropy
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+    """Nats of each token, [s, b]; logits: [s, b, vocabulary / tp]. megatron-core's function of another name."""
+    if rest or parallel_state.get_tensor_model_parallel_world_size() > 1:
+        return _loss_in_megatron(logits, labels, *rest)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return nats.view(labels.shape)
+
+
+tensor_parallel.vocab_parallel_cross_entropy = cross_entropy

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from megatron_smol.model.attention import RMSNorm, SdpaCoreAttention
 from megatron_smol.model.backend import Backend, backend
+from megatron_smol.model.emulated_fp8 import emulate
 from megatron_smol.model.layers import SwiGluMLP
-from megatron_smol.model.precision import Precision
+from megatron_smol.model.precision import Precision, require_layers
 from megatron_smol.recipe.schema import Model, Parallel
 
 
@@ -74,7 +75,8 @@ def transformer_config(model: Model, parallel: Parallel, precision: Precision) -
         # Weights are written by `initialize_weights`, alike on every layout.
         perform_initialization=False,
         use_cpu_initialization=not here.on_gpu,
-        gradient_accumulation_fusion=False,  # needs NVIDIA Apex's extension
+        # On a GPU it needs NVIDIA Apex's extension; on the CPU `backend.use_cpu` has what stands in for it, in fp32.
+        gradient_accumulation_fusion=not here.on_gpu and precision.params_dtype is torch.float32,
         bias_activation_fusion=here.on_gpu,
         apply_rope_fusion=te,
         cross_entropy_loss_fusion=te,
@@ -116,8 +118,23 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's parts of the model (one, or `parallel.vpp`), with initial weights that do not depend on the layout."""
     config = transformer_config(model, parallel, precision)
-    parts = range(parallel.vpp) if parallel.vpp > 1 else [None]
-    return [_build_part(model, config, seq_length, rope_base, seed, vp_stage) for vp_stage in parts]
+    vp_stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    parts = [_build_part(model, config, seq_length, rope_base, seed, vp_stage) for vp_stage in vp_stages]
+    for gpt in parts:
+        if precision.emulated:
+            emulate(gpt, precision)
+        if precision.fp8:
+            _require_fp8(gpt, precision)
+    return parts
+
+
+def _require_fp8(gpt: GPTModel, precision: Precision) -> None:
+    """The precision law, once the model is there: its layers look at FP8, and at the recipe that was asked for."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine.common import recipe as recipes
+
+    require_layers(gpt, precision.name)
+    precision.require_recipe(get_fp8_recipe(gpt.config), recipes)
 
 
 def _build_part(

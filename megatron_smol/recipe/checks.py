@@ -30,6 +30,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _stage_tree(recipe)
     yield from _mixtures(recipe)
     yield from _lengths_and_batches(recipe)
+    yield from _precisions(recipe)
 
 
 def divisors(number: int) -> list[int]:
@@ -150,6 +151,60 @@ def _lengths_and_batches(recipe: Recipe) -> Iterator[str]:
             if settings.global_batch % settings.micro_batch == 0:
                 by += f" times the {ranks} data-parallel ranks of parallel.gpus"
             yield f"{where['global_batch']} is {settings.global_batch}, which is not divisible by {by}"
+
+
+def _precisions(recipe: Recipe) -> Iterator[str]:
+    """FP8's own conditions, by stage: shapes, spared layers, weights in FP8."""
+    for stage in recipe.stages:
+        settings = recipe.training_of(stage)
+        name = settings.precision
+        if "fp8" not in name:
+            continue
+        where = f"stages.{stage.name}" if stage.precision else "training"
+        first, last = recipe.fp8.bf16_layers(name)
+        if name.endswith("delayed") and first + last:
+            yield (
+                f"fp8.bf16_first and bf16_last are {first} and {last}, but {where}.precision is {name}, whose scaling "
+                "history megatron-core keeps for all layers together; set both to 0, or use tensorwise or blockwise"
+            )
+        if first + last >= recipe.model.layers:
+            yield (
+                f"fp8.bf16_first and bf16_last spare {first + last} of {recipe.model.layers} layers, so {where}.precision "
+                f"{name} would be bf16; spare fewer, or set bf16"
+            )
+        if recipe.fp8.gather_parameters and not name.startswith(("fp8-tensorwise", "fp8-delayed")):
+            yield (
+                f"fp8.gather_parameters is true, but {where}.precision is {name}; it works with fp8-tensorwise and "
+                "fp8-delayed: set it to false"
+            )
+        if name == "emulated-fp8-delayed" and recipe.parallel.recompute == "full":
+            yield (
+                f"{where}.precision is {name}, and parallel.recompute is full, which would compute with another scaling "
+                "history the second time; set recompute to none or selective"
+            )
+        if name.startswith("fp8"):
+            yield from _fp8_shapes(recipe, where, name, settings.micro_batch * settings.seq_length)
+
+
+def _fp8_shapes(recipe: Recipe, where: str, precision: str, tokens: int) -> Iterator[str]:
+    """FP8 products want multiples of 16, blocks of 128 in all dimensions."""
+    model, parallel = recipe.model, recipe.parallel
+    multiple = 128 if precision.endswith("blockwise") else 16
+    kv = model.kv_heads * model.head_dim
+    per_rank = {
+        "model.hidden_size": model.hidden_size,
+        "model.hidden_size / tp": model.hidden_size / parallel.tp,
+        "queries, keys and values / tp": (model.hidden_size + 2 * kv) / parallel.tp,
+        "model.ffn_size / tp": model.ffn_size / parallel.tp,
+        "micro_batch * seq_length / cp": tokens / parallel.cp,
+    }
+    for what, size in per_rank.items():
+        if size % multiple:
+            yield (
+                f"{where}.precision is {precision}, whose products need multiples of {multiple}, but {what} is {size:g}; "
+                "change the shape, or use bf16"
+            )
+            return
 
 
 def _listed(numbers: list[int]) -> str:

@@ -25,8 +25,9 @@ JSON_FIELDS = {
         "list in the order they run: name, parent, is_branch, start_step, end_step, steps, start_tokens, "
         "end_tokens, tokens (all along the lineage), seq_length, global_batch, micro_batch, "
         "tokens_per_step, rope_base, precision, document_mask, megatron_order (null: our own), lr_start (of the first step), lr_end (of a "
-        "step that would follow the last), checkpoints (written), memory_per_gpu (bytes: weights, "
-        "gradients, optimizer, activations, total), sources"
+        "step that would follow the last), checkpoints (written), memory_per_gpu (peak bytes of the fullest rank: weights, "
+        "gradients, optimizer, activations, logits, workspace, total), sent_per_step (bytes that a rank sends: tensor, "
+        "pipeline, context, gradients, parameters, total), sources"
     ),
     "stages[].sources": (
         "by name, for sources of the mixture: weight, weight_exact (fraction as text), windows, tokens, "
@@ -40,8 +41,9 @@ JSON_FIELDS = {
     ),
     "checkpoints": "written, kept (stage ends and branch points), bytes_each, bytes_at_once, save_points",
     "compute": (
-        "flops, gpu_hours, days (null without gpus), tokens_per_second_per_gpu, assumed (true: no speed "
-        "given, 40 % MFU of an H100)"
+        "flops (causal attention counted half), flops_full (all of it), flops_per_gpu (of `flops`; null without gpus), "
+        "gpu_hours, days (null without gpus), tokens_per_second_per_gpu, assumed (true: no speed was given, it is modelled "
+        "for `device`), device"
     ),
     "problems": "list: level (warning or error), message",
 }
@@ -90,10 +92,13 @@ def to_json(plan: Plan, tokens_per_second_per_gpu: float | None = None) -> dict[
         },
         "compute": {
             "flops": cost.flops,
+            "flops_full": cost.flops_full,
+            "flops_per_gpu": cost.flops / parallel.gpus if parallel.gpus else None,
             "gpu_hours": cost.gpu_hours,
             "days": cost.gpu_hours / parallel.gpus / 24 if parallel.gpus else None,
             "tokens_per_second_per_gpu": cost.tokens_per_second_per_gpu,
             "assumed": cost.assumed,
+            "device": cost.device if cost.assumed else None,
         },
         "problems": [{"level": problem.level, "message": problem.message} for problem in plan.problems],
     }
@@ -129,6 +134,7 @@ def lr_boundaries(plan: Plan) -> list[dict[str, Any]]:
 
 def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
     memory = estimate.memory_per_gpu(plan.recipe.model, plan.recipe.parallel, stage)
+    sent = estimate.stage_traffic(plan.recipe.model, plan.recipe.parallel, stage)
     order = plan.recipe.stages[stage.index].megatron_order
     plain = (
         "name",
@@ -157,11 +163,12 @@ def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "lr_end": plan.lr(stage.index, stage.end_step),
         "checkpoints": estimate.saves_in(plan, stage),
         "memory_per_gpu": {
-            "weights": round(memory.weights),
-            "gradients": round(memory.gradients),
-            "optimizer": round(memory.optimizer),
-            "activations": round(memory.activations),
-            "total": round(memory.total),
+            part: round(getattr(memory, part))
+            for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "total")
+        },
+        "sent_per_step": {
+            part: round(getattr(sent, part))
+            for part in ("tensor", "pipeline", "context", "gradients", "parameters", "total")
         },
         "sources": {
             name: {

@@ -36,7 +36,7 @@ class Disk:
     """Checkpoints of the whole plan."""
 
     written: int  # saves over the run
-    kept: int  # stage ends and branch points, kept for good
+    kept: int  # stage ends, branch points and those of save.keep_every, kept for good
     bytes_each: int
     bytes_at_once: int  # kept, the last intervals, and the one being written
 
@@ -111,7 +111,7 @@ def saves_in(plan: Plan, stage: StagePlan) -> int:
 
 def disk(plan: Plan) -> Disk:
     """Checkpoints over the run and the most that lie on disk at once."""
-    points = plan.save_points() | {(stage.name, stage.end_step) for stage in plan.stages}
+    points = plan.kept()
     each = max(checkpoint_bytes(plan.recipe.model, stage.precision) for stage in plan.stages)
     at_once = len(points) + plan.recipe.save.keep_last + 1
     written = sum(saves_in(plan, stage) for stage in plan.stages)

@@ -124,9 +124,25 @@ class Plan:
         )
 
     def keeps(self, stage_index: int, step: int) -> bool:
-        """Whether the checkpoint after `step` is kept for good: a stage end or a branch point."""
+        """Whether the checkpoint after `step` is kept for good: a stage end, a branch point or one of save.keep_every."""
         stage = self.stages[stage_index]
-        return step == stage.end_step or (stage.name, step) in self.save_points()
+        if step == stage.end_step or (stage.name, step) in self.save_points():
+            return True
+        every, spacing = self.recipe.save.every, self.recipe.save.keep_every
+        if spacing is None or step % every:
+            return False
+        before = max(step - every, stage.start_step)
+        return stage.tokens_at(step) // spacing > stage.tokens_at(before) // spacing
+
+    def kept(self) -> set[tuple[str, int]]:
+        """(stage, lineage step) of every checkpoint that is kept for good."""
+        every = self.recipe.save.every
+        found = set(self.save_points())
+        for stage in self.stages:
+            first = stage.start_step // every * every + every
+            steps = (*range(first, stage.end_step, every), stage.end_step)
+            found |= {(stage.name, step) for step in steps if self.keeps(stage.index, step)}
+        return found
 
     def saves(self, stage_index: int, step: int) -> bool:
         """Whether a checkpoint is due after lineage step `step`."""

@@ -25,7 +25,16 @@ from pydantic import (
 from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
 from megatron_smol.recipe.units import Amount, exact_tokens, parse_amount, parse_steps, parse_tokens
 
-Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-delayed", "fp8-blockwise"]
+Precision = Literal[
+    "fp32",
+    "bf16",
+    "fp8-tensorwise",
+    "fp8-delayed",
+    "fp8-blockwise",
+    "emulated-fp8-tensorwise",
+    "emulated-fp8-delayed",
+    "emulated-fp8-blockwise",
+]
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
@@ -56,6 +65,7 @@ Tokens = Annotated[
 SomeTokens = Annotated[Tokens, AfterValidator(_at_least_one)]
 Steps = Annotated[int, PlainValidator(parse_steps), PlainSerializer(lambda steps: f"{steps} steps")]
 Mixture = Annotated[dict[str, Fraction], PlainValidator(resolve_mixture), PlainSerializer(mixture_text)]
+StepSpan = Annotated[tuple[int, int], Field(strict=False)]
 # Names become folder names, metric names and parts of dotted overrides.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -138,7 +148,10 @@ class Training(Section):
     rope_base: Float = field("base (theta) of the rotary positions", 10000.0, gt=0)
     global_batch: int = field("windows per optimizer step, over all ranks", unit="windows", gt=0)
     micro_batch: int = field("windows per forward pass on one rank", unit="windows", gt=0)
-    precision: Precision = field("arithmetic of the matrix products", "bf16")
+    precision: Precision = field(
+        "arithmetic of the matrix products; emulated-...: rounded as FP8 on a CPU, to see whether a model trains",
+        "bf16",
+    )
     document_mask: bool = field("hide earlier documents of the window from attention", False)
 
 
@@ -258,11 +271,105 @@ class Parallel(Section):
         return self.tp * self.pp * self.cp
 
 
+class Fp8(Section):
+    """Which layers FP8 spares, in the stages whose precision is one of `fp8-...` or `emulated-fp8-...`."""
+
+    bf16_first: int | None = field(
+        "first layers that stay in bf16; default: 1 for tensorwise, 0 for the others", None, "layers", ge=0
+    )
+    bf16_last: int | None = field(
+        "last layers that stay in bf16; default: 1 for tensorwise, 0 for the others", None, "layers", ge=0
+    )
+    gather_parameters: bool = field(
+        "keep the weights in FP8 and gather them so over data-parallel ranks: half the traffic; not with blockwise",
+        False,
+    )
+
+    def bf16_layers(self, precision: str) -> tuple[int, int]:
+        """(first, last) layers in bf16 under a precision."""
+        default = 1 if precision.endswith("fp8-tensorwise") else 0
+        first, last = (default if given is None else given for given in (self.bf16_first, self.bf16_last))
+        return first, last
+
+
 class Save(Section):
     """Checkpoints. Stage ends and branch points are always saved and kept, whatever is set here."""
 
     every: Steps = field("interval of checkpoints", 2000, "steps")
     keep_last: int = field("interval checkpoints to keep", 2, ge=1)
+    keep_every: SomeTokens | None = field(
+        "keep for good the first interval checkpoint after every so many tokens of the lineage; absent: none",
+        None,
+        "tokens",
+    )
+    asynchronous: bool = field(
+        "write beside training, from a copy in the host's memory; false: training waits until it is published",
+        True,
+    )
+
+
+class Guard(Section):
+    """Numbers, ranks and nodes that go wrong. `skip`: the step is read, counted in the ledger as skipped, and not applied. `rollback`: the run goes on from its newest checkpoint and skips the steps around. Each decision is a row of incidents.jsonl; a run in which nothing goes wrong is not changed."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = field(
+        "what follows a loss or gradient norm that is not a number; it is never applied", "stop"
+    )
+    spike: Literal["off", "note", "skip", "rollback", "stop"] = field(
+        "what follows a loss or gradient norm far above those before it; note: a row and nothing else", "note"
+    )
+    sigmas: Float = field(
+        "how far: this many standard deviations (1.4826 x median absolute deviation) of the logarithm",
+        6.0,
+        gt=0,
+    )
+    history: int = field(
+        "steps of the stage that say what is usual; spikes are looked for after a quarter of them",
+        128,
+        "steps",
+        ge=8,
+    )
+    skip_before: int = field("after a roll-back: steps skipped before the spike", 10, "steps", ge=0)
+    skip_after: int = field("after a roll-back: steps skipped after the spike", 100, "steps", ge=0)
+    max_in_a_row: int = field("incidents in consecutive steps after which the run stops", 10, ge=1)
+    max_in_total: int = field("incidents after which the run stops", 100, ge=1)
+    max_rollbacks: int = field("roll-backs to one and the same checkpoint after which the run stops", 3, ge=1)
+    skip_steps: dict[Name, list[StepSpan]] = field(
+        "steps that are not to be applied, by stage, first and last: {stable-1: [[7000, 7200]]}", {}
+    )
+    replica_check: int = field(
+        "how often data-parallel copies of the weights, and tensor-parallel copies of the norms, are compared bit by bit; "
+        "0: never",
+        100,
+        "steps",
+        ge=0,
+    )
+    step_timeout: Float | None = field(
+        "a rank that stays so long in one phase of a step hangs: all ranks' stacks are written, the one that lags is named, "
+        "and the run ends to be restarted; default: ten median steps, at least 120 (pause_timeout until five are known)",
+        None,
+        "seconds",
+        gt=0,
+    )
+    pause_timeout: Float = field(
+        "the same for starting, saving, validation and the first step of a stage", 1800.0, "seconds", gt=0
+    )
+    collective_timeout: Float = field(
+        "what NCCL and gloo wait for other ranks; longer than what one rank may do alone",
+        1800.0,
+        "seconds",
+        gt=0,
+    )
+    straggler: Float = field(
+        "a rank that needs this many times the median rank's time for its own part of a step is named",
+        1.2,
+        gt=1,
+    )
+    straggler_every: int = field(
+        "steps between comparisons; four of them in a row name a rank; 0: never",
+        5,
+        "steps",
+        ge=0,
+    )
 
 
 class Eval(Section):
@@ -375,7 +482,9 @@ class Recipe(Section):
     lr: LearningRate = field("the learning rate")
     optimizer: Optimizer = field("AdamW", Optimizer())
     parallel: Parallel = field("layout of the ranks", Parallel())
+    fp8: Fp8 = field("layers that FP8 spares", Fp8())
     save: Save = field("checkpoints", Save())
+    guard: Guard = field("numbers, ranks and nodes that go wrong", Guard())
     eval: Eval = field("validation", Eval())
     tail: Tail | None = field("SFT and DPO", None)
 

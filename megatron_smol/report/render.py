@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from megatron_smol.report import figures, style
 from megatron_smol.report.collect import RunRecord, SourceUse, StageRun, collect
+from megatron_smol.report.evals import changes, collect_evals, scores
 from megatron_smol.report.style import NARROW, WIDE, short
 from megatron_smol.report.tail import collect_tail, curves
 
@@ -41,7 +42,7 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = short
-    tail = collect_tail(run.folder)
+    tail, evals = collect_tail(run.folder), collect_evals(run)
     return environment.get_template("template.html").render(
         run=run,
         status=_status(run),
@@ -57,6 +58,9 @@ def render(run: RunRecord) -> str:
         sources=[_source_row(source) for source in run.sources],
         tail=tail,
         tail_curves=_picture(curves, tail) if tail else None,
+        evals=evals,
+        scores=_picture(scores, evals) if evals and evals.over_tokens else None,
+        changes=_picture(changes, evals) if evals and evals.changed else None,
         samples=[_sample(sample) for sample in run.samples],
     )
 

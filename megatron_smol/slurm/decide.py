@@ -102,7 +102,7 @@ def decide(seen: Evidence) -> Decision:
 def ending(code: int) -> str:
     """An exit code of srun in words."""
     if code == EXIT_RESTART_ME:
-        return "saved itself on a signal"
+        return "asked for a restart (saved on a signal, or a hang that is told above)"
     if code == 0:
         return "left with code 0 but is not finished (srun may have started nothing)"
     number = code - 128 if code > 128 else -code

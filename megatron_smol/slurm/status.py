@@ -1,6 +1,6 @@
 """`smol status RUN`: where a run stands, from its files, while it trains or long after.
 
-Reads plan.json, the names of checkpoints, legs.jsonl, and of metrics.jsonl only its end and a fixed number of
+Reads plan.json, ledger.json, the names of checkpoints, legs.jsonl, incidents.jsonl, and of metrics.jsonl only its end and a fixed number of
 places in between, so that millions of lines cost as much as a thousand. Writes nothing, takes no lock. Slurm is asked
 for the job's state when the run knows its job.
 """
@@ -25,6 +25,7 @@ from megatron_smol.slurm.submit import SUBMISSIONS
 RECENT_ROWS = 50
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 13
+INCIDENT_BYTES = 1 << 24  # rows with the documents of a large batch have some 100 kB
 # A run is silent when nothing was written for so long: ten steps, at least two minutes.
 SILENT_STEPS, SILENT_SECONDS = 10, 120.0
 
@@ -50,6 +51,10 @@ class Status:
     restarts: int
     goodput: float | None
     last_incident: str | None
+    incidents: int
+    hangs: int
+    stragglers: list[str]
+    skipped_tokens: int
 
 
 def status(run: Path) -> Status:
@@ -69,6 +74,10 @@ def status(run: Path) -> Status:
     job = _job(run, legs)
     goodput = _goodput(run, metrics, legs, done)
     left = _seconds_left(plan, where, speed)
+    incidents = last_rows(run / "incidents.jsonl", INCIDENT_BYTES)
+    slow = {
+        f"rank {row['rank']} on {row['host']}": None for row in incidents if row.get("what") == "straggler"
+    }
     return Status(
         run=str(run),
         state=_state(finished, job, age, recent, run),
@@ -86,7 +95,11 @@ def status(run: Path) -> Status:
         checkpoint_age=_age(newest.path / "complete.json") if newest else None,
         restarts=max(sum(leg.get("event") == "start" for leg in legs) - 1, 0),
         goodput=goodput,
-        last_incident=_last_incident(run, legs),
+        last_incident=_last_incident(incidents, legs),
+        incidents=len(incidents),
+        hangs=sum(str(row.get("what")).startswith("hang") for row in incidents),
+        stragglers=list(slow),
+        skipped_tokens=_skipped_tokens(run),
     )
 
 
@@ -215,10 +228,18 @@ def _mean_seconds(metrics: Path) -> float | None:
     return statistics.fmean(seconds) if seconds else None
 
 
-def _last_incident(run: Path, legs: list[dict[str, Any]]) -> str | None:
+def _skipped_tokens(run: Path) -> int:
+    """Read and not applied, by the ledger as it was last saved."""
+    try:
+        return int(json.loads((run / "ledger.json").read_text()).get("skipped_tokens", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def _last_incident(incidents: list[dict[str, Any]], legs: list[dict[str, Any]]) -> str | None:
     """The last row of incidents.jsonl, or the last leg that did not end by itself."""
     ends = [leg for leg in legs if leg.get("event") == "end" and leg.get("action") != "done"]
-    rows = [*last_rows(run / "incidents.jsonl")[-1:], *ends[-1:]]
+    rows = [*incidents[-1:], *ends[-1:]]
     if not rows:
         return None
     last = max(rows, key=lambda row: row.get("at", 0.0))

@@ -6,7 +6,8 @@ The trainer knows no hook by name. A hook overrides what it needs, and what it r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smol.data.stream import Rows
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepDone:
-    """What is known after a step: `step` completed lineage steps, its learning rate, loss, rows and time."""
+    """What is known after a step: `step` completed lineage steps, its learning rate, loss, rows and time.
+
+    own_seconds: waiting for data, and this rank's own work. scalars: what hooks add for those after them to show.
+    """
 
     stage: StagePlan
     step: int
@@ -27,6 +31,8 @@ class StepDone:
     result: StepResult
     rows: Rows
     seconds: float
+    own_seconds: float = 0.0
+    scalars: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -37,14 +43,30 @@ class StepDone:
         return self.stage.tokens_per_step / self.seconds
 
 
+class RollBack(Exception):
+    """Raised by a hook on all ranks alike: train on from this checkpoint instead."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
 class Hook:
     """Base of all hooks: every method may be left as it is. All ranks call all of them in the same order."""
 
     def on_run_start(self, trainer: Trainer) -> None:
-        """The state is loaded (or fresh), nothing was trained in this leg yet."""
+        """The state is loaded (or fresh) and training goes on from it: at the start, and after each roll-back."""
 
     def on_stage_start(self, trainer: Trainer, stage: StagePlan) -> None:
         """A stage begins at its first step; not called when a run resumes inside a stage."""
+
+    def wants(self, trainer: Trainer, stage: StagePlan) -> bool:
+        """Whether the batch of the next step (state.step + 1) is to be trained on; if any hook says no it is skipped."""
+        return True
+
+    def admits(self, trainer: Trainer, stage: StagePlan, result: StepResult) -> bool:
+        """Whether the next step's gradients, now known, may change the weights; raises RollBack to go back."""
+        return True
 
     def on_step(self, trainer: Trainer, done: StepDone) -> None:
         """A step is complete."""

@@ -7,6 +7,7 @@ step twice.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from datetime import timedelta
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_smol.model.backend import backend
+from megatron_smol.model.precision import precision
 from megatron_smol.recipe.estimate import flops_per_token
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.recipe.units import format_tokens
@@ -80,19 +82,25 @@ def _within(line: bytes, progress: tuple[int, int]) -> bool:
 
 
 class Metrics(Hook):
-    """metrics.jsonl, ledger.json and TensorBoard, written by rank 0."""
+    """metrics.jsonl, ledger.json and TensorBoard, written by rank 0.
+
+    A step that was not applied has "applied": false, and NaN for what was not computed.
+    """
+
+    _board: SummaryWriter | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         folder = trainer.plan.recipe.run_path
         self._rows = JsonLines(folder / "metrics.jsonl", trainer.state.progress)
-        self._board = None
+        if self._board:
+            self._board.close()
         if torch.distributed.get_rank() == 0:
             self._step = _steps_done(trainer)  # counts on through branches, which repeat lineage steps
             self._board = SummaryWriter(folder / "tensorboard", purge_step=self._step + 1)
         self._write_ledger(trainer)
 
     def on_step(self, trainer: Trainer, done: StepDone) -> None:
-        row = {
+        row: dict[str, Any] = {
             "stage": done.stage.name,
             "stage_index": done.stage.index,
             "step": done.step,
@@ -102,15 +110,20 @@ class Metrics(Hook):
             "grad_norm": done.result.grad_norm,
             "seq_length": done.stage.seq_length,
             "global_batch": done.stage.global_batch,
+            "precision": done.stage.precision,
             "seconds": round(done.seconds, 6),
             "tokens_per_s": round(done.tokens_per_second, 1),
             "drawn": done.rows.counts(),
         }
+        if not done.result.applied:
+            row["applied"] = False
         self._rows.write(row)
         if self._board:
             self._step += 1
-            for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                self._board.add_scalar(f"{done.stage.name}/{key}", row[key], self._step)
+            scalars = {key: row[key] for key in ("loss", "lr", "grad_norm", "tokens_per_s")} | done.scalars
+            for key, value in scalars.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(f"{done.stage.name}/{key}", value, self._step)
 
     def on_saved(self, trainer: Trainer, path: str) -> None:
         self._write_ledger(trainer)
@@ -140,6 +153,8 @@ class StepLog(Hook):
         self._done = _steps_done(trainer)
         self._total = sum(stage.steps for stage in trainer.plan.stages)
         self._started, self._first = time.monotonic(), self._done
+        if self._bar:
+            self._bar.stop()
         if sys.stdout.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"), TimeRemainingColumn())
             self._bar = Progress(TextColumn("{task.description}"), *columns, console=self._console)
@@ -153,6 +168,8 @@ class StepLog(Hook):
             f"== {stage.name} {where} at step {stage.start_step}, {format_tokens(stage.start_tokens)} tokens: {mixture}; "
             f"length {stage.seq_length}, RoPE base {stage.rope_base:g}, batch {stage.global_batch}, {stage.precision}"
         )
+        recipe = trainer.plan.recipe
+        trainer.say(precision(stage.precision, recipe.fp8).describe(recipe.model.layers))
 
     def on_step(self, trainer: Trainer, done: StepDone) -> None:
         if torch.distributed.get_rank() != 0:
@@ -166,7 +183,7 @@ class StepLog(Hook):
         trainer.say(
             f"{done.stage.name:<14} step {done.step:>6}/{done.stage.end_step} | loss {done.result.loss:7.4f} | "
             f"lr {done.lr:.2e} | grad {done.result.grad_norm:6.2f} | {done.tokens_per_second:8,.0f} tokens/s{mfu} | "
-            f"read {shares} | left {left}"
+            f"read {shares} | left {left}{'' if done.result.applied else ' | not applied'}"
         )
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=done.stage.name)

@@ -19,13 +19,14 @@ from megatron_smol.model.precision import Precision
 from megatron_smol.recipe.schema import Optimizer
 
 
-def ddp_config(overlap: bool, distributed: bool) -> DistributedDataParallelConfig:
+def ddp_config(overlap: bool, distributed: bool, gather_fp8: bool = False) -> DistributedDataParallelConfig:
     """fp32 gradient accumulation and reduction (huggingface/smollm, the pretraining YAMLs); overlap hides NCCL behind the backward pass."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed,
+        fp8_param_gather=gather_fp8,
     )
 
 
@@ -44,6 +45,7 @@ def build_optimizer(
         bf16=precision.bf16,
         params_dtype=precision.params_dtype,
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
+        fp8_recipe=precision.fp8["fp8_recipe"] if precision.fp8 else None,
     )
     spared = {} if recipe.decay_norms else {_NORMS: {"wd_mult": 0.0}}
     optimizer = get_megatron_optimizer(config, model, config_overrides=spared)

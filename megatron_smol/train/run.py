@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-from pathlib import Path
 from typing import IO
 
 import torch
@@ -26,12 +25,20 @@ from megatron_smol.recipe.plan import Plan, make_plan
 from megatron_smol.recipe.render import to_json
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.recipe.units import format_tokens
+from megatron_smol.train.guard import Guard
+from megatron_smol.train.hooks import Hook
 from megatron_smol.train.monitor import Metrics, StepLog
+from megatron_smol.train.pulse import Pulse
+from megatron_smol.train.replicas import ReplicaCheck
 from megatron_smol.train.signals import ASKED_BY_FILE, STOP_FILE, StopFlag
 from megatron_smol.train.state import open_run_folder, versions, write_text
 from megatron_smol.train.step import Engine, check_virtual_pipeline, init_parallel
+from megatron_smol.train.stragglers import Stragglers
 from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
+from megatron_smol.train.watchdog import Watchdog
+
+ERROR_CHARACTERS = 160  # of gloo's and NCCL's paragraphs, in the log's one line
 
 
 def train(recipe: Recipe, stop: StopFlag) -> int:
@@ -40,9 +47,9 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     0: all stages are done. EXIT_RESTART_ME: a signal came, the run saved itself. Errors are raised.
     """
     for name in {recipe.training_of(stage).precision for stage in recipe.stages}:
-        precision(name).require(backend())
-    layout = recipe.parallel
-    init_parallel(layout.tp, layout.pp, layout.cp, layout.vpp)
+        precision(name, recipe.fp8).require(backend())
+    layout, pulse = recipe.parallel, Pulse()
+    init_parallel(layout.tp, layout.pp, layout.cp, layout.vpp, recipe.guard.collective_timeout)
     with together("opening the sources"):
         sources = open_sources(recipe)
     plan = make_plan(recipe, {name: source.tokens for name, source in sources.items()})
@@ -60,17 +67,46 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     with together("opening the run folder", only_rank=0) as mine:
         if mine:
             lock = _prepare_folder(plan)
-    first = plan.stages[0]
-    engine = Engine(recipe, first.seq_length, first.rope_base, first.precision)
-    console = Console(soft_wrap=True, highlight=False)
-    trainer = Trainer(plan, engine, sources, [StepLog(console), Metrics(), SourceValidation()], stop, console)
-    _start_or_resume(trainer)
-    finished = trainer.fit()
-    _farewell(trainer, finished)
-    torch.distributed.destroy_process_group()
+    ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with Watchdog(recipe.run_path, *ranks, pulse, recipe.guard) as watchdog:
+        finished = _train_watched(plan, sources, stop, pulse, watchdog)
+        torch.distributed.destroy_process_group()
     if lock:
         lock.close()
     return 0 if finished else EXIT_RESTART_ME
+
+
+def _train_watched(
+    plan: Plan, sources: dict[str, TokenSource], stop: StopFlag, pulse: Pulse, watchdog: Watchdog
+) -> bool:
+    """Build, resume, train; True when all stages are done. An error that another rank may have caused is explained."""
+    recipe, first = plan.recipe, plan.stages[0]
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        engine = Engine(recipe, first.seq_length, first.rope_base, first.precision)
+        # What looks at a step comes before what writes it down.
+        hooks: list[Hook] = [
+            watchdog,
+            Guard(recipe),
+            Stragglers(recipe.guard),
+            StepLog(console),
+            Metrics(),
+            SourceValidation(),
+            ReplicaCheck(recipe.guard.replica_check),
+        ]
+        trainer = Trainer(plan, engine, sources, hooks, stop, console, pulse)
+        _start_or_resume(trainer)
+        finished = trainer.fit()
+        _farewell(trainer, finished)
+    except UserError:
+        raise
+    except RuntimeError as error:  # what torch raises when another rank is gone or does not answer
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        watchdog.explain(
+            f"rank {torch.distributed.get_rank()} stopped at an error ({cause[:ERROR_CHARACTERS]})"
+        )
+        raise
+    return finished
 
 
 def open_sources(recipe: Recipe) -> dict[str, TokenSource]:
@@ -117,22 +153,18 @@ def _circumstances() -> dict[str, str]:
 
 def _start_or_resume(trainer: Trainer) -> None:
     """Go on from the newest whole checkpoint, or start; every rank follows rank 0's choice."""
-    chosen: list[str | None] = [None]
-    with together("looking for a checkpoint", only_rank=0) as mine:
-        if mine and (found := folder.choose_newest(trainer.checkpoints, warn=trainer.say)):
-            chosen[0] = str(found.path)
-    torch.distributed.broadcast_object_list(chosen, 0)
+    checkpoint = trainer.newest_checkpoint()
     world = torch.distributed.get_world_size()
     trainer.say(f"{world} rank{'s' if world > 1 else ''}: {backend().describe()}")
-    if chosen[0] is None:
+    if checkpoint is None:
         if trainer.plan.recipe.init_from:
             from megatron_smol.train.init_from import initialise
 
             initialise(trainer, trainer.plan.recipe.init_from)
         trainer.say(f"no checkpoint found: training starts at step {trainer.state.step}")
     else:
-        trainer.resume(folder.read_checkpoint(Path(chosen[0])))
-        trainer.say(f"resumed from {chosen[0]}")
+        trainer.resume(checkpoint)
+        trainer.say(f"resumed from {checkpoint.path}")
 
 
 def _farewell(trainer: Trainer, finished: bool) -> None:

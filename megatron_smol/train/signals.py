@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and the file RUN/stop become a flag that all ranks read at the same step.
+"""SIGTERM, SIGUSR1 and the files RUN/stop and RUN/save become a flag that all ranks read at the same step.
 
 Slurm sends a signal before the time limit or a preemption; `scancel` and Ctrl-C end up here too. A second
 signal changes nothing (a fourth Ctrl-C ends the process): the save under way is what saves the work. Signals
@@ -16,6 +16,7 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
+SAVE_FILE = "save"
 # In place of a signal's number, larger than any of them.
 ASKED_BY_FILE = 1000
 # The run folder is on a shared file system: one look a second, by one rank.
@@ -30,11 +31,13 @@ def hold() -> None:
 class StopFlag:
     """Set by a signal on any rank, or by the file `folder`/stop; `agreed` tells every rank alike.
 
-    folder: the run's; without one, what the launcher names in SMOL_RUN_FOLDER, if anything.
+    folder: the run's; without one, what the launcher names in SMOL_RUN_FOLDER, if anything. save_asked: whether the
+    last `agreed` found the file `folder`/save, which asks for one checkpoint and is removed.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.received: int = 0
+        self.save_asked = False
         self._count = 0
         named = os.environ.get("SMOL_RUN_FOLDER")
         self._folder = folder or (Path(named) if named else None)
@@ -57,15 +60,22 @@ class StopFlag:
 
         from megatron_smol.model.backend import backend
 
-        if torch.distributed.get_rank() == 0 and self._file_asks():
-            self.received = ASKED_BY_FILE
-        flag = torch.tensor([self.received], device=backend().device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        save = self._look() if torch.distributed.get_rank() == 0 else False
+        flags = torch.tensor([self.received, save], device=backend().device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        stop, self.save_asked = int(flags[0]), bool(flags[1])
+        return stop
 
-    def _file_asks(self) -> bool:
+    def _look(self) -> bool:
+        """See what files ask for, once a second; whether one asks to save."""
         now = time.monotonic()
         if self._folder is None or now - self._looked < LOOK_EVERY_SECONDS:
             return False
         self._looked = now
-        return (self._folder / STOP_FILE).exists()
+        if (self._folder / STOP_FILE).exists():
+            self.received = ASKED_BY_FILE
+        save = self._folder / SAVE_FILE
+        asked = save.exists()
+        if asked:
+            save.unlink(missing_ok=True)
+        return asked

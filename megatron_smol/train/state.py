@@ -20,7 +20,7 @@ from megatron_smol.recipe.plan import Plan
 from megatron_smol.recipe.schema import Recipe
 
 # Settings that may change between legs of a run: none of them moves the data or the weights.
-FREE = ("run_dir", "parallel", "save", "tail", "eval", "data.over_epochs")
+FREE = ("run_dir", "parallel", "save", "guard", "tail", "eval", "data.over_epochs")
 FREE_ANYWHERE = ("micro_batch", "path", "cache", "max_epochs")
 
 
@@ -37,7 +37,9 @@ class TrainState:
     def progress(self) -> tuple[int, int]:
         return self.stage_index, self.step
 
-    def to_json(self, plan: Plan, layout: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def to_json(
+        self, plan: Plan, layout: dict[str, Any], data: dict[str, Any], tokenizer_sha256: str | None
+    ) -> dict[str, Any]:
         """What state.json of a checkpoint holds. data: `TokenSource.identity` of every source."""
         stage, recipe = plan.stages[self.stage_index], plan.recipe
         return {
@@ -51,6 +53,7 @@ class TrainState:
             "precision": stage.precision,
             "model": recipe.model.model_dump(),
             "tokenizer": recipe.tokenizer,
+            "tokenizer_sha256": tokenizer_sha256,
             "data": data,
             "layout": layout,
             "ledger": self.ledger.to_json(),

@@ -6,8 +6,11 @@ sequence length, precision); the trainer feeds it micro-batches. It knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
@@ -25,6 +29,7 @@ from megatron_smol.errors import UserError
 from megatron_smol.model.backend import backend, init_process_group, seed_random_streams
 from megatron_smol.model.context_parallel import local_part
 from megatron_smol.model.llama import build_model, set_rope_base
+from megatron_smol.model.packing import packed, packs
 from megatron_smol.model.precision import precision as lookup_precision
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.recipe.schema import Parallel, Recipe
@@ -33,15 +38,32 @@ from megatron_smol.train.optim import build_optimizer, ddp_config, set_learning_
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats per token over the global batch; grad_norm: global L2 norm before clipping."""
+    """loss: mean nats per token over the global batch; grad_norm: global L2 norm before clipping.
+
+    applied: whether the weights were changed. own_seconds: this rank's own forward and backward, up to where the step
+    waits for data-parallel ranks.
+    """
 
     loss: float
     grad_norm: float
+    applied: bool = True
+    own_seconds: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def init_parallel(tp: int, pp: int, cp: int = 1, vpp: int = 1) -> None:
-    """Join the ranks and cut them into tensor-, pipeline-, context- and data-parallel groups."""
-    init_process_group()
+# Of a batch that was read and not computed.
+SKIPPED = StepResult(math.nan, math.nan, applied=False)
+
+
+def init_parallel(tp: int, pp: int, cp: int = 1, vpp: int = 1, timeout_seconds: float = 600.0) -> None:
+    """Join the ranks and cut them into tensor-, pipeline-, context- and data-parallel groups.
+
+    A collective that waits longer than `timeout_seconds` for other ranks is an error.
+    """
+    init_process_group(timedelta(seconds=timeout_seconds))
     world = torch.distributed.get_world_size()
     if world % (tp * pp * cp):
         raise UserError(
@@ -54,6 +76,7 @@ def init_parallel(tp: int, pp: int, cp: int = 1, vpp: int = 1) -> None:
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
             context_parallel_size=cp,
+            distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]
         )
 
 
@@ -73,7 +96,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, seq_length: int, rope_base: float, precision: str) -> None:
         parallel = recipe.parallel
-        init_parallel(parallel.tp, parallel.pp, parallel.cp, parallel.vpp)
+        init_parallel(parallel.tp, parallel.pp, parallel.cp, parallel.vpp, recipe.guard.collective_timeout)
         seed_random_streams(recipe.seed)
         self.recipe = recipe
         self.seq_length, self.rope_base, self.precision = seq_length, rope_base, precision
@@ -81,7 +104,7 @@ class Engine:
 
     def _build(self) -> None:
         """(Re)build model and optimizer for the current precision, with the initial weights."""
-        precision, parallel = lookup_precision(self.precision), self.recipe.parallel
+        precision, parallel = lookup_precision(self.precision, self.recipe.fp8), self.recipe.parallel
         gpts = build_model(
             self.recipe.model, parallel, precision, self.seq_length, self.rope_base, self.recipe.seed
         )
@@ -89,7 +112,7 @@ class Engine:
         overlap = parallel.overlap
         if overlap is None:
             overlap = backend().on_gpu and parallel_state.get_data_parallel_world_size() > 1
-        ddp = ddp_config(overlap, parallel.distributed_optimizer)
+        ddp = ddp_config(overlap, parallel.distributed_optimizer, precision.fields.get("fp8_param", False))
         self.parts = [
             # Gradients of one part are reduced while the next is computed; a single part does it bucket by bucket.
             DistributedDataParallel(
@@ -98,7 +121,7 @@ class Engine:
             for part, gpt in enumerate(gpts)
         ]
         self.optimizer = build_optimizer(self.parts, self.recipe.optimizer, precision)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_gradients
         config.no_sync_func = _one_or_all([part.no_sync for part in self.parts])
         config.grad_scale_func = self.optimizer.scale_loss
         if overlap:
@@ -131,15 +154,43 @@ class Engine:
         self.precision = precision
         self._build()
 
-    def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one AdamW update at `lr`."""
+    def train_step(
+        self,
+        batches: Sequence[MicroBatch],
+        lr: float,
+        admit: Callable[[StepResult], bool] = lambda result: True,
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one AdamW update at `lr` if `admit` agrees.
+
+        `admit` sees loss and gradient norm, the same on all ranks, before clipping or the optimizer touch anything: what
+        it refuses leaves weights and moments bit for bit as they were (0 x NaN is NaN, so no scale could).
+        """
         for part in self.parts:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         set_learning_rate(self.optimizer, lr)
+        self._begun = _moment()
         loss = self._run(batches, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        result = StepResult(loss, grad_norm, own_seconds=_seconds_between(self._begun, self._ready))
+        if not admit(result):
+            return replace(result, applied=False)
+        self._update(grad_norm)
+        return result
+
+    def _update(self, grad_norm: float) -> None:
+        """The rest of megatron-core's `ChainedOptimizer.step`: clip, AdamW, gather the weights."""
+        if (limit := self.recipe.optimizer.clip) > 0:
+            for optimizer in self.optimizer.chained_optimizers:
+                if parameters := optimizer.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, limit, grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """megatron-core's reduction of gradients over ranks; what comes before it is this rank's own work."""
+        self._ready = _moment()
+        finalize_model_grads(*args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
@@ -154,14 +205,15 @@ class Engine:
         # A virtual pipeline takes micro-batches in groups of pp; what fills the last group is not counted.
         pp = self.recipe.parallel.pp if len(self.parts) > 1 and forward_only else 1
         fillers = [batches[-1]] * (-len(batches) % pp)
+        rows = batches[0].tokens.size(0)
         losses = self._forward_backward(
             forward_step_func=partial(_forward_step, tokens_per_micro_batch=share),
             # Every part of a virtual pipeline asks for each micro-batch.
             data_iterator=_one_or_all([iter([*batches, *fillers]) for _ in self.parts]),
             model=self.parts,
             num_microbatches=len(batches) + len(fillers),
-            seq_length=self.seq_length,
-            micro_batch_size=batches[0].tokens.size(0),
+            seq_length=self.seq_length * (rows if packs(batches[0]) else 1),
+            micro_batch_size=1 if packs(batches[0]) else rows,
             forward_only=forward_only,
         )
         return _mean_over_ranks(losses[: len(batches)])
@@ -172,7 +224,13 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     batch = next(batches)
     tokens, labels, mask = _part_of_window(batch)
-    per_token = model(tokens, None, mask, labels=labels)  # [b, s / cp] on the last pipeline stage
+    bounds = None
+    if packs(batch):
+        assert batch.documents is not None
+        mask = None
+        tokens, labels, bounds = packed(tokens, labels, batch.documents)
+    # [b, s / cp] (packed: [1, b * s]) on the last pipeline stage
+    per_token = model(tokens, None, mask, labels=labels, packed_seq_params=bounds)
     if batch.real_tokens is None:
         return per_token, _mean_loss
     return per_token, partial(_masked_loss, labels=labels, share=tokens_per_micro_batch)
@@ -189,6 +247,19 @@ def _part_of_window(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         return batch.tokens, batch.labels, mask
     tokens, labels = (local_part(x, 1, cp, rank) for x in (batch.tokens, batch.labels))
     return tokens, labels, None if mask is None else local_part(mask, 2, cp, rank)
+
+
+def _moment() -> Any:
+    """Now, on the clock of the device: on a GPU, when it gets there."""
+    if not backend().on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(begun: Any, ready: Any) -> float:
+    return float(begun.elapsed_time(ready)) / 1e3 if backend().on_gpu else float(ready - begun)
 
 
 def _one_or_all(items: list[Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smol.checkpoint import folder, safe, store
+from megatron_smol.checkpoint import folder, safe, saving, store
 from megatron_smol.errors import CheckpointError
 from tests import ranks
 from tests.helpers import run_ranks
@@ -97,9 +97,9 @@ def test_full_disk_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.Mo
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
     with pytest.raises(CheckpointError, match=r"5\.0 MB free and a checkpoint needs up to 16\.0 MB"):
-        store._require_space(tmp_path, store.bytes_needed(10**6))
+        saving._require_space(tmp_path, store.bytes_needed(10**6))
 
 
 def test_metadata_of_a_real_checkpoint_passes(saved: tuple[Path, Any]) -> None:

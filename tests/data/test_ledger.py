@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from fractions import Fraction
 
 import pytest
@@ -139,3 +140,36 @@ def test_a_damaged_ledger_is_refused() -> None:
         Ledger.from_json(data | {"version": 7})
     with pytest.raises(CheckpointError, match="damaged"):
         Ledger.from_json({"version": 1})
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(), st.data())
+def test_what_was_skipped_is_read_and_not_trained_on(plan: Plan, data: st.DataObject) -> None:
+    """Any steps may be skipped: the ledger is held to the plan as before, and tells the skipped tokens to the last."""
+    leaf = data.draw(st.sampled_from(plan.stages))
+    ledger, skipped = Ledger.of(plan), 0
+    coin = random.Random(data.draw(st.integers(0, 1 << 32)))
+    for stage, samples in plan.lineage(leaf):
+        stream = StageStream(stage, plan.orders)
+        for step in range(samples // stage.global_batch):
+            start, applied = step * stage.global_batch, coin.random() < 0.7
+            ledger.add(stage.name, stage.seq_length, stream.rows(start, start + stage.global_batch), applied)
+            skipped += 0 if applied else stage.global_batch * stage.seq_length
+    ledger.check(plan, leaf.name, leaf.samples)
+    again = Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
+    assert again == ledger
+    written = ledger.to_json()
+    assert sum(ledger.skipped_tokens().values()) == written["skipped_tokens"] == skipped
+    assert written["trained_tokens"] == ledger.consumed_tokens - skipped
+    assert written["skipped_tokens"] == sum(
+        source.get("skipped_tokens", 0) for source in written["sources"].values()
+    )
+
+
+def test_a_changed_count_of_skipped_tokens_is_noticed_and_an_older_ledger_is_read() -> None:
+    plan = two_stages()
+    data = run(plan, plan.stages[0]).to_json()
+    with pytest.raises(CheckpointError, match="stages skipped 0 tokens, it says 64"):
+        Ledger.from_json(data | {"skipped_tokens": 64})
+    older = {key: value for key, value in data.items() if key not in ("skipped_tokens", "trained_tokens")}
+    assert Ledger.from_json(older).to_json() == data

@@ -106,6 +106,15 @@ def test_the_end_of_every_stage(data: Path, tmp_path: Path, tokenizer_folder: Pa
     assert told.count("done before") == 2 and "exporting" not in told
     assert "done before" in command(run, *asked)[2]  # a run folder: its newest checkpoint
 
+    random_model(run / "dpo", tokenizer_folder, seed=4)  # not whole yet: without tail.json
+    assert command(run, "--stages", "--list")[1].split() == ends
+    (run / "dpo" / "tail.json").write_text("{}")
+    assert command(run, "--stages", "--list")[1].split() == [*ends, str(run / "dpo")]
+    told = command(run, "--stages", *asked)[2]
+    assert told.count("done before") == 2
+    row = load_rows(run / "evals.jsonl")[-1]
+    assert (row["model"], row["tokens"]) == (str(run / "dpo"), None)
+
     code, table, _ = command("--compare", *ends)
     assert code == 0 and "arc_easy" in table and f"A: {ends[0]}" in table and f"B: {ends[1]}" in table
 

@@ -5,41 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
 import pytest
 import torch
 import transformers
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from megatron_smol.errors import CheckpointError, UserError
-from megatron_smol.evals.harness import CPU_BATCH, Harness, Settings, max_length, require_chat_template
+from megatron_smol.evals.harness import Harness, Settings, max_length, require_chat_template
 from megatron_smol.evals.suites import OURS, listed_tasks
 from megatron_smol.evals.tasks import load_tasks
 from tests.evals.conftest import CONTEXT, write_rows
-
-LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
-
-
-def directly(model: Path, yaml: Path, files: dict[str, Path], folder: Path, **how: Any) -> Any:
-    """lm-eval's own entry point on the task of `yaml`, only its data replaced."""
-    lines = [f"include: {yaml}", "task: direct", "tag: null", "dataset_path: json", "dataset_name: null"]
-    lines += [
-        "validation_split: null",
-        "training_split: train" if "train" in files else "training_split: null",
-        "dataset_kwargs:",
-        "  data_files:",
-    ]
-    lines += [f"    {split}: {path}" for split, path in files.items()]
-    folder.mkdir(exist_ok=True)
-    (folder / "direct.yaml").write_text("\n".join(lines) + "\n")
-    return lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(model), device="cpu", batch_size=CPU_BATCH),
-        tasks=["direct"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        **how,
-    )
+from tests.evals.direct import LM_EVAL_TASKS, directly
 
 
 def ask(model: Path, task: str, data: Path, limit: int | None = None, **settings: Any) -> Any:

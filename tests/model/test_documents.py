@@ -8,6 +8,7 @@ import torch
 
 from megatron_smol.data.batch import MicroBatch
 from megatron_smol.recipe.load import parse_recipe
+from megatron_smol.train import step
 from megatron_smol.train.step import Engine
 from tests.helpers import run_ranks
 
@@ -24,9 +25,11 @@ lr: {{peak: 1e-3}}
 """
 
 
-def engine() -> Engine:
+def engine(parallel: str = "") -> Engine:
     torch.set_num_threads(1)
-    return Engine(parse_recipe(RECIPE), 32, 10000.0, "fp32")
+    return Engine(
+        parse_recipe(f"{RECIPE}parallel: {{{parallel}}}"), LENGTH if parallel else 32, 10000.0, "fp32"
+    )
 
 
 def document(seed: int, size: int) -> list[int]:
@@ -66,12 +69,12 @@ def test_no_logit_of_another_document_moves_and_positions_need_no_reset() -> Non
 
 
 def _train(
-    windows: list[list[int]], ignored: list[list[bool]] | None, micro: int
+    windows: list[list[int]], ignored: list[list[bool]] | None, micro: int, parallel: str = ""
 ) -> tuple[float, float, float]:
     """(loss, gradient norm, validation loss) of a step on this rank's share."""
     from megatron.core import parallel_state
 
-    running = engine()
+    running = engine(parallel)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = []
     for i in range(rank * micro, len(windows), micro * size):
@@ -101,12 +104,39 @@ def _losses() -> dict[str, tuple[float, float, float]]:
 
 def _by_hand() -> tuple[float, float, float]:
     """Cross entropy over all real tokens of the global batch at once, by PyTorch alone, and its gradient's norm."""
-    gpt = engine().gpt
+    running = engine()
+    gpt = running.gpt
     batch = MicroBatch.of(np.array(WINDOWS), torch.device("cpu"), EOD, np.array(IGNORED))
     out = gpt(batch.tokens, batch.positions, batch.mask)
     loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), batch.labels.flatten())  # ignores -100
-    gradients = torch.autograd.grad(loss, [p for p in gpt.parameters() if p.requires_grad])
+    for part in running.parts:
+        part.zero_grad_buffer()
+    loss.backward()
+    gradients = [parameter.main_grad for parameter in gpt.parameters()]
     return float(loss), float(torch.sqrt(sum((g.float() ** 2).sum() for g in gradients))), float(loss)
+
+
+def _packed_and_masked(parallel: str) -> list[tuple[float, float, float]]:
+    """A step with `cu_seqlens` in place of the mask, as under Transformer Engine, and the step with the mask."""
+    windows = [
+        document(1, 5) + document(2, 8),
+        document(3, 13),
+        document(4, 6) + document(5, 7),
+        document(6, 13),
+    ]
+    found = []
+    for packing in (True, False):
+        step.packs = lambda batch, packing=packing: packing and batch.documents is not None
+        found.append(_train(windows, IGNORED, 2, parallel))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [(1, ""), (2, "pp: 2"), (2, "tp: 2, sequence_parallel: true")]
+)
+def test_windows_as_one_row_of_documents_are_the_masked_windows(ranks: int, parallel: str) -> None:
+    for packed, masked in run_ranks(_packed_and_masked, ranks, parallel):
+        assert packed == pytest.approx(masked, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -58,22 +59,27 @@ def test_sft_learns(tuned: Path) -> None:
     assert record["heldout_loss"] == heldout[-1] and record["steps"] == steps[-1]["step"]
 
 
-def test_the_output_is_a_chat_model_for_anyone(tuned: Path) -> None:
+def require_chat_model(folder: Path, things: list[str]) -> None:
     """Plain transformers: right answers, ended by <|im_end|>, as the template and the ids in the folder say."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
-    pipe = transformers.pipeline("text-generation", model=str(tuned))
-    for thing, colour in COLOURS.items():
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    pipe = transformers.pipeline("text-generation", model=str(folder))
+    for thing in things:
         turns = [{"role": "user", "content": f"Colour of 7 {thing}?"}]
         answer = pipe(turns, max_new_tokens=30, do_sample=False)[0]["generated_text"][-1]
-        assert answer == {"role": "assistant", "content": colour}
-    ids = pipe.tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = model.generate(**ids, max_new_tokens=30, do_sample=False)
-    assert out[0, -1] == 2 and out.size(1) < ids["input_ids"].size(1) + 30
+        assert answer == {"role": "assistant", "content": COLOURS[thing]}
+        ids = pipe.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert pipe.tokenizer.decode(ids["input_ids"][0]).endswith("<|im_start|>assistant\n")
+        out = model.generate(**ids, max_new_tokens=30, do_sample=False)
+        assert out[0, -1] == 2 and out.size(1) < ids["input_ids"].size(1) + 30
     config = model.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
-    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.eos_token_id == 2 and pipe.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_output_is_a_chat_model_for_anyone(tuned: Path) -> None:
+    require_chat_model(tuned, list(COLOURS))
 
 
 def test_a_finished_output_is_not_made_again(base: Path, chat_rows: Path, tuned: Path) -> None:
@@ -96,7 +102,7 @@ def test_dpo_begins_at_ln_2_and_the_margin_rises(tuned: Path, pair_rows: Path, t
         "margin"
     ] == pytest.approx(0, abs=1e-3)
     assert heldout[-1]["margin"] > 0.3 and heldout[-1]["loss"] < 0.6 and heldout[-1]["accuracy"] > 0.8
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+    require_chat_model(tmp_path / "dpo", ["sky"])
 
 
 def test_the_reference_stays_where_it_was(tuned: Path, pair_rows: Path, tmp_path: Path) -> None:
@@ -221,6 +227,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path, chat_rows: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no Hugging Face model folder"):
         run_sft(tmp_path, chat_rows, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(base: Path, tmp_path: Path, chat_rows: Path) -> None:
+    shutil.copytree(base, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<added {number}>" for number in range(100)])
+    tokenizer.save_pretrained(tmp_path / "hf")
+    with pytest.raises(
+        CheckpointError, match=r"its tokenizer has 7\d\d ids and the model's vocabulary 640; they are not"
+    ):
+        run_sft(tmp_path / "hf", chat_rows, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_the_command_line(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from megatron_smol.data.batch import MicroBatch
 from megatron_smol.measure.memory import count_bytes
@@ -93,9 +93,9 @@ def counted_flops(shape: str, parallel: str) -> dict[str, int]:
     made = recipe(shape, 2, parallel, "fp32")
     engine = _engine(made)
     (batch, *_) = batches(made, engine)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as forward:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as forward:
         engine.evaluate([batch])
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as both:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as both:
         engine.train_step([batch], 1e-3)
     return {"forward": forward.get_total_flops(), "all": both.get_total_flops()}
 
@@ -108,8 +108,14 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-# torch's counter knows the attention kernels of GPUs only; the CPU's take the same tensors.
-_CPU_ATTENTION = {
+def _product_flops(added_to: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return mm_flop(left, right)
+
+
+# torch's counter knows the attention kernels of GPUs only; the CPU's take the same tensors. Weight gradients are
+# added in place by their product.
+_UNCOUNTED = {
+    torch.ops.aten.addmm_: _product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -275,6 +275,20 @@ def test_saves() -> None:
     assert plan.keeps(1, 140) and plan.keeps(0, 100) and not plan.keeps(1, 120)
 
 
+def test_keep_every_keeps_the_first_interval_checkpoint_after_so_many_tokens() -> None:
+    # 512 tokens a step, an interval checkpoint every 4096: 10,000 tokens are passed at steps 24, 40, 64, ...
+    plan = make_plan(load(small(**{"save.every": "8 steps", "save.keep_every": 10_000})))
+    always = {("stable", 100), ("decay", 140), ("decay", 150), ("long", 150)}
+    spaced = {("stable", 24), ("stable", 40), ("stable", 64), ("stable", 80)}
+    spaced |= {("decay", 120), ("decay", 144)}
+    assert plan.kept() == always | spaced
+    for stage in plan.stages:
+        steps = range(stage.start_step + 1, stage.end_step + 1)
+        kept = {(stage.name, step) for step in steps if plan.keeps(stage.index, step)}
+        assert kept == {one for one in plan.kept() if one[0] == stage.name}
+    assert make_plan(load(small())).kept() == always
+
+
 WEIGHTS = st.sampled_from(
     [{"web": 1}, {"web": 0.9, "code": 0.1}, {"web": 0.333, "code": 0.333, "math": 0.334}, {"math": 1}]
 )

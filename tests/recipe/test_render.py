@@ -70,6 +70,10 @@ def test_json_has_the_documented_keys_and_survives_json() -> None:
             assert all(key in JSON_FIELDS["stages[].sources"] for key in source)
         assert sum(source["tokens"] for source in described["sources"].values()) == stage.tokens
         assert sum(source["windows"] for source in described["sources"].values()) == stage.samples
+        for whole in (described["memory_per_gpu"], described["sent_per_step"]):
+            assert whole.pop("total") == pytest.approx(sum(whole.values()), abs=len(whole))
+            assert all(f"{part}" in JSON_FIELDS["stages"] for part in whole)
+    assert all(key in JSON_FIELDS["compute"] for key in document["compute"])
 
 
 def test_json_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:

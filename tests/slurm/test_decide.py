@@ -16,7 +16,7 @@ from megatron_smol.slurm.legs import append_row, futile_legs, last_rows
         (Evidence(0, finished=True), Action.DONE, 0, "published"),
         # Killed in teardown, after the last checkpoint: the run is done all the same.
         (Evidence(137, finished=True, stop_file="run/stop"), Action.DONE, 0, "published"),
-        (Evidence(75), Action.RESTART, 75, "saved itself on a signal"),
+        (Evidence(75), Action.RESTART, 75, "asked for a restart (saved on a signal"),
         # srun that started nothing.
         (Evidence(0), Action.RESTART, 75, "not finished"),
         (Evidence(137), Action.RESTART, 75, "SIGKILL"),

@@ -232,7 +232,9 @@ def test_preemption(user: User, whole: TinyRun, table: FaultTable) -> None:
         assert trial is not None and trial.steps_lost == 0
         made.append(trial)
         shutil.rmtree(user.run)
-    table.add("preemption by an urgent job", "`training saved itself on a signal`", "equal", made)
+    table.add(
+        "preemption by an urgent job", "`training asked for a restart (saved on a signal ...)`", "equal", made
+    )
 
 
 def test_controller_crash(user: User, whole: TinyRun, table: FaultTable) -> None:

@@ -73,7 +73,8 @@ def test_too_small_a_vocabulary(tiny: TinyRun) -> None:
 
 
 def test_fp8_on_a_cpu(tiny: TinyRun) -> None:
-    fails(tiny, 2, "Transformer Engine", overrides=("stages.two.precision=fp8-tensorwise",))
+    fp8 = ("stages.two.precision=fp8-tensorwise", "fp8.bf16_first=0", "fp8.bf16_last=0")
+    fails(tiny, 2, "Transformer Engine", overrides=fp8)
     assert not tiny.run.exists(), "an error before step 1"
 
 
@@ -176,7 +177,7 @@ def test_full_disk(tiny: TinyRun) -> None:
     command = [sys.executable, "-c", limited, "train", str(tiny.recipe)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 4, done.stderr
-    assert "error: writing tensors" in done.stderr and "the disk is full or limits" in done.stderr
+    assert "error: saving" in done.stderr and "the disk is full or limits" in done.stderr
     assert not list((tiny.run / "checkpoints").iterdir()), "nothing half-written is left"
     assert tiny.train().returncode == 0, "with space again, the same command goes on"
 

@@ -1,0 +1,152 @@
+"""Ranks that stand still, run away with the interpreter's lock or fall behind: named, ended, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_smol.train.heartbeat import Beat, judge
+from megatron_smol.train.pulse import COMPUTING, LOADING, UPDATING
+from tests.tiny import TinyRun, rows
+from tests.train.faulty import Fault, ended, errors, incidents, launch, run
+
+SHORT = ("eval.windows_per_source=0",)
+LONG = (*SHORT, "stages.two.until=4000 steps", "save.every=1000 steps")
+WATCHED = ("guard.step_timeout=4",)
+
+
+def until_line(tiny: TinyRun, lines: int, seconds: float = 240) -> None:
+    metrics, end = tiny.run / "metrics.jsonl", time.monotonic() + seconds
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < lines:
+        assert time.monotonic() < end, errors(tiny)
+        time.sleep(0.05)
+
+
+def hung(tiny: TinyRun) -> dict[str, Any]:
+    """The one row that tells of the hang."""
+    (row,) = [row for row in incidents(tiny) if row["decision"] == "restart"]
+    assert row["reason"] in (tiny.run / "log.txt").read_text()
+    return row
+
+
+def test_a_stopped_rank_is_named_and_ended(tiny: TinyRun) -> None:
+    """SIGSTOP, as a frozen node does it: the rank can neither answer nor leave by itself."""
+    processes = launch(tiny, *LONG, *WATCHED)
+    until_line(tiny, 9)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    codes = ended(processes, 90)
+    assert codes == [75, -9], errors(tiny)
+    row = hung(tiny)
+    assert [(entry["rank"], entry["host"]) for entry in row["ranks"]] == [(1, os.uname().nodename)]
+    assert "it does not answer" in row["reason"] and row["step"] >= 9
+    assert "_train_watched" in (tiny.run / "watchdog" / "rank-00000.txt").read_text(), "stacks of who waited"
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_place(tiny: TinyRun) -> None:
+    """A loop in Python inside the forward pass; the others wait in a collective."""
+    assert run(tiny, *SHORT, *WATCHED, faults=(Fault("busy", "two", 8),)) == [75, 75]
+    row = hung(tiny)
+    assert [(entry["rank"], entry["step"], entry["phase"]) for entry in row["ranks"]] == [
+        (1, 8, "forward and backward")
+    ]
+    assert "faulty.py" in (tiny.run / "watchdog" / "rank-00001.txt").read_text()
+    assert "rank 1 is at" in (tiny.run / "log.txt").read_text()
+    assert run(tiny, *SHORT, *WATCHED) == [0, 0], errors(tiny)
+    assert rows(tiny.run / "metrics.jsonl")[-1]["step"] == 13, "the same command goes on"
+
+
+def test_a_rank_that_holds_the_interpreters_lock_is_named(tiny: TinyRun) -> None:
+    """A call into C that never returns and never lets go: not even its own watchdog runs."""
+    codes = run(tiny, *SHORT, *WATCHED, faults=(Fault("lock", "two", 8),))
+    assert codes == [75, -9], errors(tiny)
+    (culprit,) = hung(tiny)["ranks"]
+    assert culprit["rank"] == 1
+
+
+def test_a_collective_that_times_out_names_who_did_not_come(tiny: TinyRun) -> None:
+    """gloo's error comes before the watchdog's time: the exit code is an error's, and the rank is named all the same."""
+    patient = ("guard.collective_timeout=4", "guard.step_timeout=300")
+    processes = launch(tiny, *LONG, *patient)
+    until_line(tiny, 9)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(90)
+    assert processes[0].exitcode == 1
+    processes[1].kill()
+    ended(processes)
+    assert [entry["rank"] for entry in hung(tiny)["ranks"]] == [1]
+    assert "Timed out" in errors(tiny)
+
+
+def test_slow_is_not_hanging(tiny: TinyRun) -> None:
+    """A step within its time, much longer than the others, and a start that takes longer than a step may."""
+    asleep = Fault("asleep", "two", 10, value=2.0, once=True)
+    assert run(tiny, *SHORT, *WATCHED, faults=(asleep,)) == [0, 0], errors(tiny)
+    assert not incidents(tiny)
+
+
+def test_a_straggler_is_named_and_others_are_not(tiny: TinyRun) -> None:
+    few = ("guard.straggler_every=1", "stages.one.until=2 steps", "stages.two.until=14 steps")
+    few += ("stages.anneal.from.before_end=0 steps",)
+    assert run(tiny, *SHORT, *few, faults=(Fault("slow", "two", 8, value=0.5),)) == [0, 0], errors(tiny)
+    (row,) = incidents(tiny)
+    assert (row["what"], row["rank"], row["host"]) == ("straggler", 1, os.uname().nodename)
+    assert row["stage"] == "two" and 2 + 4 <= row["step"] <= 8, "after four comparisons"
+    log = (tiny.run / "log.txt").read_text()
+    assert "!! rank 1 on" in log and log.count("!!") == 1
+    assert "own part of a step: median rank" in log, "the summary at the end"
+
+
+def test_the_save_file_asks_for_one_checkpoint(tiny: TinyRun) -> None:
+    processes = launch(tiny, *LONG, ranks=1)
+    until_line(tiny, 9)
+    (tiny.run / "save").touch()
+    try:
+        end = time.monotonic() + 240
+        while not (found := list((tiny.run / "checkpoints").glob("two-*"))):
+            assert time.monotonic() < end and processes[0].is_alive(), errors(tiny)
+            time.sleep(0.05)
+        assert not (tiny.run / "save").exists()
+        lines = len((tiny.run / "metrics.jsonl").read_text().splitlines())
+        until_line(tiny, lines + 5)
+        assert list((tiny.run / "checkpoints").glob("two-*")) == found, "one, and training goes on"
+    finally:
+        processes[0].kill()
+        processes[0].join()
+
+
+def beat(rank: int, count: int = 5, step: int = 7, phase: str = COMPUTING, waiting: bool = True) -> Beat:
+    return Beat(rank, f"n{rank}", 100 + rank, 1, count, 0, step, phase, 30.0, "step.py:1 x", waiting)
+
+
+def later(beats: dict[int, Beat], **ranks: int) -> dict[int, Beat]:
+    """The same ranks, beats grown, except where a count is given (`r2=0`: stands still)."""
+    return {r: replace(b, beat=b.beat + ranks.get(f"r{r}", 3)) for r, b in beats.items()}
+
+
+def test_who_does_not_answer_comes_first() -> None:
+    beats = {rank: beat(rank) for rank in range(4)} | {3: beat(3, phase=LOADING)}
+    verdict = judge(beats, later(beats, r0=0, r2=0))
+    assert [b.rank for b in verdict.lagging] == [0, 2] and verdict.teller == 1 and not verdict.moving
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [beat(2, step=6, phase=UPDATING), beat(2, phase=LOADING), beat(2, waiting=False)],
+    ids=["a step behind", "a phase behind", "not waiting"],
+)
+def test_who_is_behind(odd: Beat) -> None:
+    beats = {rank: beat(rank) for rank in range(4)} | {2: odd}
+    verdict = judge(beats, later(beats))
+    assert [b.rank for b in verdict.lagging] == [2] and verdict.teller == 0
+
+
+def test_nobody_is_named_where_nobody_differs_and_nothing_is_said_of_ranks_that_move() -> None:
+    beats = {rank: beat(rank) for rank in range(3)}
+    assert judge(beats, later(beats)).lagging == ()
+    moved = later(beats) | {1: replace(beat(1), beat=9, step=8)}
+    assert judge(beats, moved).moving
