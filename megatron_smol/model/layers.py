@@ -56,7 +56,10 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        # Lies in memory as [b, heads, s, d]: attention reads the tokens of one head after another.
+        if x.dtype != torch.float32:
+            return _turned(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format))
+        # Lies in memory as [b, heads, s, d]: attention reads one head's tokens after another (in fp32; the CPU's bf16
+        # kernel makes its own copies, and would keep both).
         tokens, batch, heads, dim = x.shape
         heads_first = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
         return _turned(x, cos, sin, heads_first.permute(2, 0, 1, 3))
@@ -115,8 +118,27 @@ def cross_entropy(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
     """Nats of each token, [s, b]; logits: [s, b, vocabulary / tp]. megatron-core's function of another name."""
     if rest or parallel_state.get_tensor_model_parallel_world_size() > 1:
         return _loss_in_megatron(logits, labels, *rest)
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return nats.view(labels.shape)
+    return Nats.apply(logits.flatten(0, 1).float(), labels.flatten()).view(labels.shape)
+
+
+class Nats(torch.autograd.Function):
+    """-log softmax(logits)[label] of [n, vocabulary] and [n]; works in the memory of the logits, which nobody else needs.
+
+    A label outside of the vocabulary (data/batch.py's IGNORED) gives some number, whose gradient must be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        places = labels.clamp(min=0).unsqueeze(1)
+        log_shares = torch.ops.aten._log_softmax.out(logits, -1, False, out=logits)
+        ctx.save_for_backward(log_shares, places)
+        return -log_shares.gather(1, places).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        log_shares, places = ctx.saved_tensors
+        grads = log_shares.exp_().mul_(grad.unsqueeze(1))
+        return grads.scatter_add_(1, places, -grad.unsqueeze(1)), None
 
 
 tensor_parallel.vocab_parallel_cross_entropy = cross_entropy

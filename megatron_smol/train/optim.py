@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
@@ -83,6 +84,17 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         for parameter_state in inner.state.values():
             if isinstance(parameter_state.get("step"), torch.Tensor):
                 parameter_state["step"] = parameter_state["step"].clone()
+
+
+def clip_gradients(optimizer: MegatronOptimizer, limit: float, grad_norm: float) -> None:
+    """Bring the gradients' norm down to `limit`: in the optimizer's own pass over them where it can, else in one before."""
+    parameters = optimizer.get_parameters()
+    if parameters and isinstance(optimizer.optimizer, torch.optim.AdamW):
+        excess = max(1.0, (grad_norm + 1e-6) / limit)
+        # torch's fused AdamW divides by it as it reads the gradients
+        optimizer.optimizer.grad_scale = torch.tensor(excess, device=parameters[0].device)  # type: ignore[attr-defined]
+    elif parameters:
+        clip_grad_by_total_norm_fp32(parameters, limit, grad_norm)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

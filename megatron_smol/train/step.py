@@ -18,7 +18,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
@@ -33,7 +32,7 @@ from megatron_smol.model.packing import packed, packs
 from megatron_smol.model.precision import precision as lookup_precision
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.recipe.schema import Parallel, Recipe
-from megatron_smol.train.optim import build_optimizer, ddp_config, set_learning_rate
+from megatron_smol.train.optim import build_optimizer, clip_gradients, ddp_config, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,7 @@ class Engine:
         """The rest of megatron-core's `ChainedOptimizer.step`: clip, AdamW, gather the weights."""
         if (limit := self.recipe.optimizer.clip) > 0:
             for optimizer in self.optimizer.chained_optimizers:
-                if parameters := optimizer.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, limit, grad_norm)
+                clip_gradients(optimizer, limit, grad_norm)
         self.optimizer.step_with_ready_grads()
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,6 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 }
 KINDS = (
     "__0_0.distcp",
-    "__1_0.distcp",
     ".metadata",
     "common.pt",
     "metadata.json",
