@@ -8,6 +8,7 @@ One process, tensor by tensor; the gate holds a layer of each model. A conversio
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,7 @@ def to_hf(
     Raises CheckpointError, and writes nothing but the report, when transformers computes anything else.
     """
     _one_process()
+    gc.freeze()  # the libraries' objects stay: each collection would look at a million of them
     checkpoint = read_checkpoint(source)
     source, state = checkpoint.path, checkpoint.state
     described, trained = _describe(checkpoint, rope_interleaved)
@@ -159,6 +161,7 @@ def from_hf(
     report, when the trainer computes anything else than transformers.
     """
     _one_process()
+    gc.freeze()  # the libraries' objects stay: each collection would look at a million of them
     with published(out, overwrite) as aside, gguf.as_folder(source, aside, say) as local:
         path = local or hf.locate(source)
         folder = HfFolder.open(path, rope_interleaved)

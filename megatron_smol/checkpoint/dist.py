@@ -2,17 +2,19 @@
 
 Conversion needs weights, not ranks: `StoredWeights` finds a tensor's pieces through `.metadata`, wherever the
 tensor-, pipeline- and data-parallel ranks of the run put them, and `write_weights` writes a folder that
-`store.load` reads at any layout. Neither builds a model or a process group, and neither holds more than one
-tensor. checkpoint/convert.py calls both.
+`store.load` reads at any layout. Neither builds a model or a process group, and neither holds more than two
+tensors. checkpoint/convert.py calls both.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_smol.checkpoint.progress import progress
 from megatron_smol.checkpoint.safe import check_metadata
@@ -154,18 +157,34 @@ def write_weights(
     folder: Path, weights: Sequence[Weight], layers: int, dtype: torch.dtype, read: Read
 ) -> None:
     """Write `read(weight.megatron)`, cast to `dtype`, of every weight as a distributed checkpoint in `folder`."""
-    bar = iter(progress(weights, "writing the checkpoint"))
+    bar, one_at_a_time = iter(progress(weights, "writing the checkpoint")), Lock()
 
     def read_next(name: str) -> Tensor:
-        next(bar)
+        with one_at_a_time:
+            next(bar)
         return read(name)
 
-    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
-    save({}, storage_writer=writer, planner=_OneByOne(weights, layers, dtype, read_next), no_dist=True)
+    writer = FileSystemWriter(folder, thread_count=_FILES, per_thread_copy_ahead=0)
+    with _without_crc32():
+        save({}, storage_writer=writer, planner=_OneByOne(weights, layers, dtype, read_next), no_dist=True)
     next(bar, None)  # lets the bar go
     content = {"distrib_optim_sharding_type": "fully_reshardable"}  # as checkpoint/store.py
     torch.save({"content_metadata": content}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+_FILES = 2  # written, and then hashed, side by side; as many tensors are held
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """complete.json has the SHA-256 of every file: a second checksum of every tensor finds nothing more."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class _OneByOne(DefaultSavePlanner):

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_smol.errors import CheckpointError
 STATE, COMPLETE = "state.json", "complete.json"
 WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
 FORMAT = 1
+_HASHED_AT_ONCE = 2  # files: hashing one of many does not wait for the disk
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
 
 def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file, for complete.json."""
-    return {n: {"bytes": (path / n).stat().st_size, "sha256": sha256(path / n)} for n in sorted(names)}
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        hashes = dict(zip(names, pool.map(lambda name: sha256(path / name), names), strict=True))
+    return {n: {"bytes": (path / n).stat().st_size, "sha256": hashes[n]} for n in sorted(names)}
 
 
 def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ class Weight:
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
 
+@lru_cache
 def weight_map(model: Model) -> tuple[Weight, ...]:
     """Every weight of the model, in Hugging Face's order."""
     h, f, table = model.hidden_size, model.ffn_size, (model.vocab_size, model.hidden_size)

@@ -27,7 +27,7 @@ def test_what_is_written_is_what_megatron_core_loads(tmp_path: Path) -> None:
         return tensors[name]
 
     write_weights(tmp_path, weight_map(MODEL), MODEL.layers, torch.float32, read)
-    assert asked == [weight.megatron for weight in weight_map(MODEL)]  # one at a time, each once
+    assert sorted(asked) == sorted(weight.megatron for weight in weight_map(MODEL))  # each once
     gpt = build(MODEL, seed=9)
     store.load_model(gpt, Checkpoint(tmp_path, {}))
     assert equal(weights(gpt), weights(build(MODEL)))
