@@ -36,7 +36,7 @@ from megatron_smol.slurm.decide import FUTILE_LEGS, Action, Decision, Evidence, 
 from megatron_smol.train.signals import STOP_FILE
 
 # One rank that left: the others have so long to leave too (they save together) before they are ended.
-WAIT_SECONDS = 60
+WAIT_SECONDS = 30
 PREFLIGHT_SECONDS = 180
 # What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
