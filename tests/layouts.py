@@ -87,3 +87,18 @@ LAYOUTS = [
     _layout(8, pp=4, vpp=2),
     _layout(8, tp=2, cp=2, sequence_parallel=True, distributed_optimizer=False),
 ]
+
+# What every test run looks at; the other products, of many processes each, are `make parity`'s.
+IN_EVERY_RUN = [
+    layout
+    for layout in LAYOUTS
+    if layout.ranks <= 2
+    or layout
+    in (
+        _layout(4, pp=4, vpp=2),
+        _layout(4, tp=2, pp=2, sequence_parallel=True),
+        _layout(4, tp=2, cp=2, sequence_parallel=True, document_mask=True),
+        _layout(4, pp=2, vpp=2, overlap=True),
+        _layout(8, tp=2, pp=2),
+    )
+]

@@ -15,6 +15,7 @@ from tests.helpers import run_ranks
 from tests.layouts import LAYOUTS, Layout
 
 STEPS = 20
+LIMIT = 1e-5  # relative
 Curve = list[tuple[float, float]]
 
 HEAD = """# Layouts against one process
@@ -71,13 +72,18 @@ def main() -> None:
         machine=machine,
         steps=STEPS,
     )
+    broken = []
     for layout in LAYOUTS:
         result = run(layout)
+        if not result.same_weights or max(result.loss_difference, result.norm_difference) >= LIMIT:
+            broken.append(layout.name)
         weights = "equal" if result.same_weights else "DIFFERENT"
         row = f"| {layout.name} | {layout.ranks} | {result.loss_difference:.1e} | {result.norm_difference:.1e} | {weights} |"
         print(row, file=sys.stderr)
         table += row + "\n"
     (Path(__file__).parents[1] / "docs" / "parity.md").write_text(table)
+    if broken:
+        sys.exit(f"error: not like one process: {', '.join(broken)}")
 
 
 if __name__ == "__main__":
