@@ -7,80 +7,29 @@ settings from here. A key that is not below is an error. docs/recipe.md is gener
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    model_validator,
+from pydantic import Field, model_validator
+
+from megatron_smol.recipe.section import (
+    Float,
+    Mixture,
+    Name,
+    Precision,
+    Section,
+    Shape,
+    SomeTokens,
+    Steps,
+    StepSpan,
+    Tokens,
+    TokensOrSteps,
+    field,
 )
+from megatron_smol.recipe.tail import Dpo, Sft, Tail
+from megatron_smol.recipe.units import Amount
 
-from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
-from megatron_smol.recipe.units import Amount, exact_tokens, parse_amount, parse_steps, parse_tokens
-
-Precision = Literal[
-    "fp32",
-    "bf16",
-    "fp8-tensorwise",
-    "fp8-delayed",
-    "fp8-blockwise",
-    "emulated-fp8-tensorwise",
-    "emulated-fp8-delayed",
-    "emulated-fp8-blockwise",
-]
-Shape = Literal["linear", "cosine", "1-sqrt"]
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads 1e-5 as text; in a field that holds a number it is a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _plain(amount: object) -> str | int:
-    """An amount for a YAML file: 6T and 2000 steps as text, 65536 as a number."""
-    return int(text) if (text := str(amount)).isdecimal() else text
-
-
-def _at_least_one(tokens: int) -> int:
-    if tokens < 1:
-        raise ValueError("0 tokens are none; give at least 1, or leave the field out")
-    return tokens
-
-
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-TokensOrSteps = Annotated[Amount, PlainValidator(parse_amount), PlainSerializer(_plain)]
-Tokens = Annotated[
-    int, PlainValidator(parse_tokens), PlainSerializer(lambda tokens: _plain(exact_tokens(tokens)))
-]
-SomeTokens = Annotated[Tokens, AfterValidator(_at_least_one)]
-Steps = Annotated[int, PlainValidator(parse_steps), PlainSerializer(lambda steps: f"{steps} steps")]
-Mixture = Annotated[dict[str, Fraction], PlainValidator(resolve_mixture), PlainSerializer(mixture_text)]
-StepSpan = Annotated[tuple[int, int], Field(strict=False)]
-# Names become folder names, metric names and parts of dotted overrides.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-def field(meaning: str, default: Any = ..., unit: str = "", **constraints: Any) -> Any:
-    """A recipe field: its meaning and unit are what the reference prints."""
-    return Field(
-        default, description=meaning, json_schema_extra={"unit": unit} if unit else None, **constraints
-    )
-
-
-class Section(BaseModel):
-    """Base of all sections: no unknown keys, no guessing of types, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+__all__ = ["Dpo", "Float", "Section", "Sft", "Tail", "TokensOrSteps"]
 
 
 class Model(Section):
@@ -376,83 +325,6 @@ class Eval(Section):
     """Validation loss per source at the start and the end of each stage."""
 
     windows_per_source: int = field("windows read from the held-out end of each source", 64, "windows", ge=0)
-
-
-class Sft(Section):
-    """Supervised fine-tuning (`smol sft`), by SmolLM2's settings. Some depend on the model's size."""
-
-    dataset: str | None = field(
-        "conversations, rows with `messages`: JSONL or parquet, or a hub name as OWNER/NAME:CONFIG:SPLIT; "
-        "default: HuggingFaceTB/smoltalk (1.7B), HuggingFaceTB/smol-smoltalk (360M, 135M)",
-        None,
-    )
-    epochs: Float = field("passes over the dataset", 2.0, "epochs", gt=0)
-    lr: Float | None = field("peak LR; default: 3e-4 (1.7B), 1e-3 (360M, 135M)", None, gt=0)
-    scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
-    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, lt=1)
-    global_batch: int = field("sequences per step, over all ranks", 128, "sequences", gt=0)
-    micro_batch: int = field("sequences per forward pass on one rank", 4, "sequences", gt=0)
-    seq_length: int | None = field(
-        "longest sequence; default: 8192, or the model's own limit when that is shorter", None, "tokens", gt=1
-    )
-    packing: bool = field("join conversations to full sequences, and cut there, as SmolLM2 did", True)
-    loss_on: Literal["all", "assistant"] = field("tokens that carry loss; SmolLM2 used all", "all")
-    beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
-    precision: Literal["bf16", "fp32"] | None = field(
-        "arithmetic of the matrix products and weights of the output; default: bf16 on a GPU, fp32 on a CPU",
-        None,
-    )
-    seed: int = field("seed of shuffling and of the held-out rows", 42, ge=0, lt=2**32)
-    heldout_rows: int = field(
-        "rows kept from training and evaluated; at most a tenth of the data", 500, "rows", ge=0
-    )
-    save_every: Steps = field("interval of evaluation and of checkpoints to resume from", 100, "steps", ge=1)
-
-
-class Dpo(Section):
-    """Direct preference optimisation (`smol dpo`), by SmolLM2's settings. Some depend on the model's size."""
-
-    dataset: str | None = field(
-        "preferences, rows with `prompt`, `chosen`, `rejected`: JSONL or parquet, or a hub name as "
-        "OWNER/NAME:CONFIG:SPLIT; default: HuggingFaceH4/ultrafeedback_binarized",
-        None,
-    )
-    epochs: Float | None = field(
-        "passes over the dataset; default: 3 (1.7B), 2 (360M, 135M)", None, "epochs", gt=0
-    )
-    lr: Float = field("peak LR", 1e-6, gt=0)
-    beta: Float = field("strength of the pull towards the reference model", 0.5, gt=0)
-    loss: Literal["sigmoid"] = field("DPO loss", "sigmoid")
-    scheduler: Literal["cosine", "linear"] = field("LR after warm-up", "cosine")
-    warmup_ratio: Float = field("warm-up as a share of all steps", 0.1, ge=0, lt=1)
-    global_batch: int = field("pairs per step, over all ranks", 128, "pairs", gt=0)
-    micro_batch: int = field("pairs per forward pass on one rank", 2, "pairs", gt=0)
-    seq_length: int | None = field(
-        "longest prompt and answer together; default: 1024, or the model's own limit when that is shorter",
-        None,
-        "tokens",
-        gt=1,
-    )
-    prompt_length: int | None = field(
-        "longest prompt, cut from the left; default: half of seq_length (512)", None, "tokens", gt=0
-    )
-    beta2: Float = field("AdamW's second beta (the first is 0.9, eps 1e-8)", 0.999, ge=0, lt=1)
-    precision: Literal["bf16", "fp32"] | None = field(
-        "arithmetic of the matrix products and weights of the output; default: bf16 on a GPU, fp32 on a CPU",
-        None,
-    )
-    seed: int = field("seed of shuffling and of the held-out pairs", 42, ge=0, lt=2**32)
-    heldout_rows: int = field(
-        "pairs kept from training and evaluated; at most a tenth of the data", 500, "pairs", ge=0
-    )
-    save_every: Steps = field("interval of evaluation and of checkpoints to resume from", 100, "steps", ge=1)
-
-
-class Tail(Section):
-    """What follows pretraining: settings of `smol sft` and `smol dpo`, where they are not SmolLM2's own."""
-
-    sft: Sft | None = field("supervised fine-tuning", None)
-    dpo: Dpo | None = field("direct preference optimisation", None)
 
 
 class InitFrom(Section):
