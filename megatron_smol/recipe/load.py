@@ -36,7 +36,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 # YAML 1.2's number: exponent without sign or dot allowed. Listed first, so it wins over YAML 1.1's rule.
-_NUMBER = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)[eE][-+]?[0-9]+")
+_NUMBER = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
 for _first in "-+.0123456789":
     RecipeLoader.yaml_implicit_resolvers[_first] = [
         ("tag:yaml.org,2002:float", _NUMBER),

@@ -31,6 +31,11 @@ def test_types() -> None:
     assert recipe.save.every == 2000
 
 
+def test_text_that_begins_like_a_number_is_text() -> None:
+    """Such as the hash in the name of an index file."""
+    assert load(small(), "run_dir=6e7abb34e14c").run_dir == "6e7abb34e14c"
+
+
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "'1e-5'", "0.00001", "+1e-5", "1_0e-6", ".1e-4"])
 def test_exponents_without_a_dot_are_numbers(text: str) -> None:
     """YAML 1.1 reads 1e-5 as a string; a learning rate written so must be a number."""
