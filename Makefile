@@ -30,7 +30,7 @@ demo: install  ## the whole recipe in miniature: text in, an evaluated chat mode
 demo-real: install  ## the real SmolLM2-135M: import, ten steps, export, SFT, chat (MODEL=hub name, folder or .gguf)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash examples/demo_real.sh
 
-test: install  ## all tests (about 8 minutes on 2 cores; TESTS=tests/data for a part)
+test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a part)
 	$(BIN)/python -m pytest $(TESTS)
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)

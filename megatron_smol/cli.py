@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 
 import typer
@@ -33,6 +34,8 @@ app = typer.Typer(
     help="The SmolLM2 recipe as one YAML, run by megatron-core: [bold]plan[/] → [bold]preprocess[/] → [bold]train[/] → "
     "[bold]convert[/] → [bold]report[/].",
 )
+# A launcher ends all ranks when one leaves: the first must have told the error by then.
+_LEFT_TO_THE_FIRST_SECONDS = 2.0
 # In the order in which a newcomer meets them.
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
@@ -67,6 +70,8 @@ def main() -> None:
     except UserError as error:
         if _is_mine_to_tell(error):
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(_LEFT_TO_THE_FIRST_SECONDS)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
