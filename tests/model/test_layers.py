@@ -1,4 +1,4 @@
-"""SwiGLU and rotary positions: the arithmetic of transformers' Llama, forward and backward."""
+"""SwiGLU, rotary positions, loss and clipping: the arithmetic of transformers and torch, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import attention as megatron_attention
 
+from megatron_smol.data.batch import IGNORED
 from megatron_smol.model import layers
-from megatron_smol.model.layers import Rotation, SwiGLU
+from megatron_smol.model.layers import Nats, Rotation, SwiGLU
+from megatron_smol.train.optim import clip_gradients
 
 CONFIG = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False)
 
@@ -72,3 +74,39 @@ def test_a_new_table_of_angles_is_not_taken_for_an_old_one() -> None:
     results = [layers.apply_rotary_pos_emb(x, table, CONFIG) for table in (first, second, first)]
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
+
+
+def test_loss_is_torchs_and_labels_without_loss_give_no_gradient() -> None:
+    logits, labels = (
+        drawn(6, 2, 11).mul(4),
+        torch.tensor([[0, 10], [3, IGNORED], [7, 1], [2, 2], [IGNORED, 5], [9, 4]]),
+    )
+    counted, share = labels != IGNORED, drawn(6, 2)
+    plain = logits.clone().requires_grad_()
+    expected = F.cross_entropy(plain.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    (expected * share).sum().backward()
+    source = logits.clone().requires_grad_()
+    found = Nats.apply((source * 1).flatten(0, 1), labels.flatten()).view(
+        labels.shape
+    )  # its input is used up
+    (found.where(counted, 0) * share).sum().backward()
+    torch.testing.assert_close(found[counted], expected[counted])
+    torch.testing.assert_close(source.grad, plain.grad)
+    assert not source.grad[~counted].any()
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_inside_adamw_is_clipping_before_it(limit: float) -> None:
+    ours, plain = ([drawn(5, 7).requires_grad_(), drawn(3).requires_grad_()] for _ in range(2))
+    for one, other in zip(ours, plain, strict=True):
+        one.grad, other.grad = drawn(*one.shape), drawn(*one.shape)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain])
+    torch.nn.utils.clip_grad_norm_(plain, limit)
+    first, second = (torch.optim.AdamW(parameters, 0.1, fused=True) for parameters in (ours, plain))
+    clip_gradients(SimpleNamespace(optimizer=first, get_parameters=lambda: ours), limit, float(norm))
+    first.step(), second.step()
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            first.state[one]["exp_avg"], second.state[other]["exp_avg"], rtol=1e-5, atol=1e-8
+        )
