@@ -109,8 +109,7 @@ def phases_of(config: Curation, files: list[str], layout: Layout) -> list[Phase]
             continue
         here, name = layout.work / f"step-{number:02d}", f"phase-{sum(not phase.alone for phase in phases)}"
         keys, drop, parts = here / "keys", here / "drop", here / "parts"
-        ngram, bands, rows, seed = (getattr(step, field) for field in ("ngram", "bands", "rows", "seed"))
-        phases[-1].add("", WriteKeys(keys, ngram, bands, rows, seed))
+        phases[-1].add("", WriteKeys(keys, *step.keys()))
         phases[-1].add("", WritePart(parts))
         grouping = Phase(f"group-{number:02d}", alone=True)
         grouping.add(f"groups of {step.title}", Group(keys, drop, config.tasks))

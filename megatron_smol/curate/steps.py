@@ -22,7 +22,11 @@ class Step(BaseModel):
     splits: ClassVar[bool] = False
 
     def build(self, few: FewDropped) -> Any:
-        """datatrove's PipelineStep; `few` takes what it drops."""
+        """datatrove's PipelineStep; `few` takes what it drops. Of steps that do not split."""
+        raise NotImplementedError
+
+    def keys(self) -> tuple[int, int, int, int]:
+        """(ngram, bands, rows, seed) of `WriteKeys`; 0 bands: whole texts. Of steps that split."""
         raise NotImplementedError
 
 
@@ -190,16 +194,18 @@ class MinHash(Step):
     rows: int = Field(8, ge=1, le=1024)
     seed: int = Field(0, ge=0)
 
+    def keys(self) -> tuple[int, int, int, int]:
+        return self.ngram, self.bands, self.rows, self.seed
+
 
 class Exact(Step):
     """Documents that are equal up to white space."""
 
     title: ClassVar = "exact duplicates"
     splits: ClassVar = True
-    ngram: int = Field(1, ge=1, le=1)
-    bands: int = Field(0, ge=0, le=0)
-    rows: int = Field(0, ge=0, le=0)
-    seed: int = Field(0, ge=0, le=0)
+
+    def keys(self) -> tuple[int, int, int, int]:
+        return 1, 0, 0, 0
 
 
 class Decontaminate(Step):
