@@ -103,7 +103,7 @@ def _tokens_per_character(config: Curation, documents: Path) -> float | None:
         return None
     from itertools import islice
 
-    from megatron_smol.curate.reading import ReadPart
+    from megatron_smol.curate.parts import ReadPart
     from megatron_smol.data.tokenizer import load_tokenizer
 
     tokenizer, tokens, characters = load_tokenizer(config.tokenizer), 0, 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datatrove.data import DocumentsPipeline
@@ -28,7 +27,7 @@ from scipy.sparse.csgraph import connected_components
 
 from megatron_smol import _csrc
 from megatron_smol.curate.kept import FewDropped
-from megatron_smol.data.files import partial_path, publish
+from megatron_smol.curate.parts import write_array
 from megatron_smol.errors import DataError
 
 _BATCH = 256  # documents a call of the C++ side
@@ -77,7 +76,6 @@ class WriteKeys(PipelineStep):
             yield document
         if batch:
             found.append(self._keys(batch))
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_array(self.folder / f"{rank:05d}.npy", np.concatenate(found))
 
     def _keys(self, texts: list[bytes]) -> NDArray[np.uint64]:
@@ -101,7 +99,6 @@ class Group(PipelineStep):
         first = first_of_group(files)
         dropped = np.flatnonzero(first != np.arange(len(first)))
         bounds = np.cumsum([0, *counts])
-        self.drop.mkdir(parents=True, exist_ok=True)
         for number in range(self.ranks):
             own = dropped[(dropped >= bounds[number]) & (dropped < bounds[number + 1])] - bounds[number]
             write_array(self.drop / f"{number:05d}.npy", own.astype(np.int64))
@@ -159,11 +156,3 @@ class DropGrouped(PipelineStep):
                     self.stat_update(StatHints.forwarded)
                     self.update_doc_stats(document)
                     yield document
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """A .npy that is whole or absent."""
-    partial = partial_path(path)
-    with partial.open("wb") as stream:
-        np.save(stream, array)
-    publish(partial, path)

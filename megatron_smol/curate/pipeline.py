@@ -8,28 +8,23 @@ marker exists is not run again, so that a kill loses at most the ranks at work; 
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.utils.stats import PipelineStats
-from loguru import logger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from datatrove.executor import SlurmPipelineExecutor
 
 from megatron_smol.curate.config import Curation
 from megatron_smol.curate.duplicates import DropGrouped, Group, WriteKeys
 from megatron_smol.curate.kept import Describe, FewDropped
-from megatron_smol.curate.reading import WARC, ReadInputs, ReadPart, WritePart
+from megatron_smol.curate.local import Tasks
+from megatron_smol.curate.parts import ReadPart, WritePart
+from megatron_smol.curate.reading import WARC, ReadInputs
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import UserError
 
@@ -45,6 +40,10 @@ class Phase:
     blocks: list[Any] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
     alone: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"{self.name}: {', '.join(filter(None, self.titles))}".removesuffix(": ")
 
     def add(self, title: str, block: Any) -> None:
         self.titles.append(title)
@@ -74,10 +73,9 @@ def curate(config: Curation, *, overwrite: bool = False) -> Path | None:
     if config.slurm is not None:
         _submit(config, phases, layout)
         return None
-    logger.disable("datatrove")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for phase in phases:
-        _run_here(config, phase, layout, console)
+    with Tasks(config.workers) as tasks:
+        for phase in phases:
+            tasks.run(phase.what, phase.blocks, 1 if phase.alone else config.tasks, layout.logs(phase.name))
     return layout.output / CARD
 
 
@@ -156,54 +154,6 @@ def _claim(config: Curation, files: list[str], layout: Layout, overwrite: bool) 
         shutil.rmtree(layout.documents, ignore_errors=True)
     layout.work.mkdir(parents=True, exist_ok=True)
     write_whole(plan, wanted)
-
-
-# --- on this machine ---------------------------------------------------------------------------------------
-
-
-_NOWHERE = Path(os.devnull).open("w")  # noqa: SIM115  stays open: the logger keeps it
-
-
-class _Local(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's, with its log in files only."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        with contextlib.redirect_stderr(_NOWHERE):
-            return super()._run_for_rank(rank, local_rank, node_rank)
-
-
-def _run_here(config: Curation, phase: Phase, layout: Layout, console: Console) -> None:
-    tasks = 1 if phase.alone else config.tasks
-    workers = min(tasks, config.workers or len(os.sched_getaffinity(0)))
-    logs = layout.logs(phase.name)
-    executor = _Local(pipeline=phase.blocks, tasks=tasks, workers=workers, logging_dir=str(logs))
-    with _progress(phase, logs, tasks, console):
-        executor.run()
-
-
-@contextlib.contextmanager
-def _progress(phase: Phase, logs: Path, tasks: int, console: Console) -> Iterator[None]:
-    """A bar of ended ranks on a terminal, a line at the end elsewhere."""
-    what = ", ".join(title for title in phase.titles if title) or phase.name
-    done = logs / "completions"
-    ended = threading.Event()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=tasks)
-
-        def watch() -> None:
-            while not ended.wait(0.5):
-                bar.update(task, completed=len(list(done.glob("*"))))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-    if bar.disable:
-        console.print(f"{phase.name}: {what}: {tasks} of {tasks} tasks", markup=False)
 
 
 # --- on a cluster ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Documents of the input files, and of the parts that a phase left for the next.
+"""Documents of the input files: the first block of a pipeline.
 
 datatrove's own readers end a file in silence at its first byte that is not UTF-8; here every line that cannot be
 read is counted, with the reason, and the others are read.
@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_smol.data.files import partial_path, publish
 from megatron_smol.data.records import parse
 from megatron_smol.errors import DataError
 
@@ -170,53 +168,3 @@ def _bounded_lines(stream: BinaryIO) -> Iterator[bytes | None]:
         raise DataError(
             f"{getattr(stream, 'name', 'an input')} cannot be decompressed to its end: {error}"
         ) from None
-
-
-# --- between phases ----------------------------------------------------------------------------------------
-
-
-def part(folder: Path, rank: int) -> Path:
-    return folder / f"{rank:05d}.jsonl.zst"
-
-
-class ReadPart(PipelineStep):
-    """What this rank of the phase before wrote, in its order."""
-
-    type, name = "read", "part"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        with opened(part(self.folder, rank)) as stream:
-            for line in stream:
-                record = orjson.loads(line)
-                yield Document(text=record["text"], id=record["id"], metadata=record["metadata"])
-
-
-class WritePart(PipelineStep):
-    """Writes {text, id, metadata} lines; the file is whole or absent, and the same bytes whenever it is made."""
-
-    type, name = "write", "part"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        import zstandard
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = part(self.folder, rank)
-        partial = partial_path(path)
-        try:
-            with partial.open("wb") as raw, zstandard.ZstdCompressor(3).stream_writer(raw) as stream:
-                for document in data:
-                    self.stat_update("total")
-                    record = {"text": document.text, "id": document.id, "metadata": document.metadata}
-                    stream.write(orjson.dumps(record, default=str) + b"\n")
-            publish(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        yield from ()

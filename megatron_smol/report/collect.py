@@ -1,6 +1,6 @@
-"""Everything a report shows, read from a run folder into plain data.
+"""Everything a report shows of training, read from a run folder into plain data.
 
-The first half of `smol report`: run folder -> `RunRecord` -> figures and page (`figures`, `render`). A run
+The first half of `smol report`: run folder -> `RunRecord` -> charts and page (`charts`, `render`). A run
 may still be training, or may have been killed: whatever is absent is listed in `missing`, and the rest is
 used. A branch starts inside an earlier stage, so positions are tokens along a stage's lineage, and what a
 model has read is added up along its lineage.
@@ -9,13 +9,13 @@ model has read is added up along its lineage.
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_smol.errors import DataError, UserError
+from megatron_smol.report.metrics import MetricsFile, Series, no_steps
 
 FILES = {
     "plan.json": "the plan: stage boundaries, planned windows, epochs and caps",
@@ -26,25 +26,6 @@ FILES = {
     "versions.json": "versions of the software",
     "samples.json": "generated samples",
 }
-
-
-@dataclass
-class Series:
-    """One value per completed step of a stage, in compact arrays: a long run has millions of steps."""
-
-    step: array[int] = field(default_factory=lambda: array("q"))
-    tokens: array[int] = field(default_factory=lambda: array("q"))
-    loss: array[float] = field(default_factory=lambda: array("d"))
-    lr: array[float] = field(default_factory=lambda: array("d"))
-    seconds: array[float] = field(default_factory=lambda: array("d"))
-    tokens_per_s: array[float] = field(default_factory=lambda: array("d"))
-
-    def add(self, row: dict[str, Any]) -> None:
-        for name in ("step", "tokens", "loss", "lr", "seconds", "tokens_per_s"):
-            getattr(self, name).append(row[name])
-
-    def __len__(self) -> int:
-        return len(self.step)
 
 
 @dataclass
@@ -61,11 +42,8 @@ class StageRun:
     end_tokens: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # seq_length, global_batch, rope_base, precision
     planned: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> weight, windows, ...
-    series: Series = field(default_factory=Series)
+    series: Series = field(default_factory=no_steps)
     drawn: dict[str, int] = field(default_factory=dict)  # source -> windows, over the whole stage
-    drawn_for_branch: dict[int, dict[str, int]] = field(
-        default_factory=dict
-    )  # lineage step -> source -> windows
     validation: dict[str, dict[str, float]] = field(default_factory=dict)  # "start"/"end" -> source -> loss
 
     @property
@@ -78,15 +56,15 @@ class StageRun:
 
     @property
     def complete(self) -> bool:
-        return self.begun and self.series.step[-1] == self.end_step
+        return self.begun and int(self.series.step[-1]) == self.end_step
 
     @property
     def last_tokens(self) -> int:
-        return self.series.tokens[-1] if self.begun else self.start_tokens
+        return int(self.series.tokens[-1]) if self.begun else self.start_tokens
 
     @property
     def seconds(self) -> float:
-        return sum(self.series.seconds)
+        return float(self.series.seconds.sum())
 
     @property
     def tokens_read(self) -> int:
@@ -159,8 +137,8 @@ class RunRecord:
         return found == {n: t for n, t in tokens_along_lineage(by_name[last], by_name).items() if t}
 
 
-def collect(run_dir: Path) -> RunRecord:
-    """Read a run folder. UserError when it is no run folder at all."""
+def collect(run_dir: Path, metrics: MetricsFile | None = None) -> RunRecord:
+    """Read a run folder. UserError when it is no run folder at all. metrics: of an earlier reading, to go on from."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run folder {run_dir}; give the run_dir of a recipe that was trained")
     present = {name for name in FILES if (run_dir / name).is_file()}
@@ -172,10 +150,10 @@ def collect(run_dir: Path) -> RunRecord:
     stages = {
         entry["name"]: _planned_stage(index, entry) for index, entry in enumerate(plan.get("stages", []))
     }
-    branch_steps = _branch_steps(stages)
-    for row in read_rows(run_dir / "metrics.jsonl"):
-        stage = stages.get(row["stage"]) or stages.setdefault(row["stage"], _unplanned_stage(row))
-        _add_step(stage, row, branch_steps.get(stage.name, ()))
+    metrics = metrics or MetricsFile(run_dir / "metrics.jsonl")
+    for name, series in metrics.read().items():
+        stage = stages.get(name) or stages.setdefault(name, _unplanned_stage(metrics.first[name]))
+        stage.series, stage.drawn = series, series.windows()
     for row in read_rows(run_dir / "validation.jsonl"):
         if row["stage"] in stages:
             stages[row["stage"]].validation[row["when"]] = row["losses"]
@@ -234,28 +212,11 @@ def _planned_stage(index: int, entry: dict[str, Any]) -> StageRun:
 
 def _unplanned_stage(row: dict[str, Any]) -> StageRun:
     """A stage known only by its first metrics row: the plan is absent."""
-    settings = {name: row[name] for name in ("seq_length", "global_batch")}
+    settings = {name: row[name] for name in ("seq_length", "global_batch", "precision") if name in row}
     before = row["tokens"] - row["seq_length"] * row["global_batch"]
     return StageRun(
         row["stage"], row["stage_index"], start_step=row["step"] - 1, start_tokens=before, settings=settings
     )
-
-
-def _branch_steps(stages: dict[str, StageRun]) -> dict[str, list[int]]:
-    """For each stage, the lineage steps where another takes over from it."""
-    steps: dict[str, list[int]] = {}
-    for stage in stages.values():
-        if stage.parent is not None:
-            steps.setdefault(stage.parent, []).append(stage.start_step)
-    return steps
-
-
-def _add_step(stage: StageRun, row: dict[str, Any], branch_steps: list[int] | tuple[()]) -> None:
-    stage.series.add(row)
-    for source, windows in row["drawn"].items():
-        stage.drawn[source] = stage.drawn.get(source, 0) + windows
-    if row["step"] in branch_steps:
-        stage.drawn_for_branch[row["step"]] = dict(stage.drawn)
 
 
 def tokens_along_lineage(stage: StageRun, stages: dict[str, StageRun]) -> dict[str, int]:
@@ -264,7 +225,7 @@ def tokens_along_lineage(stage: StageRun, stages: dict[str, StageRun]) -> dict[s
     child = stage
     while child.parent is not None:
         parent = stages[child.parent]
-        for source, windows in parent.drawn_for_branch.get(child.start_step, {}).items():
+        for source, windows in parent.series.windows(child.start_step).items():
             total[source] = total.get(source, 0) + windows * parent.seq_length
         child = parent
     return total

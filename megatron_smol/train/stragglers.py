@@ -27,22 +27,42 @@ LEAST_SECONDS = 0.01
 IN_A_ROW = 4
 
 
+class Streaks:
+    """Who is slow for how long: every rank's seconds go in, the ranks to be named come out."""
+
+    def __init__(self, ranks: int, factor: float) -> None:
+        self._factor = factor
+        # By rank: comparisons in a row in which it was slow, or (negative) was not.
+        self._streaks = [0] * ranks
+        self._named: set[int] = set()
+
+    def newly_slow(self, seconds: list[float]) -> list[int]:
+        usual = statistics.median_low(seconds)  # of two ranks, the faster
+        limit = max(self._factor * usual, usual + LEAST_SECONDS)
+        self._streaks = [
+            max(streak, 0) + 1 if own > limit else min(streak, 0) - 1
+            for streak, own in zip(self._streaks, seconds, strict=True)
+        ]
+        self._named -= {rank for rank, streak in enumerate(self._streaks) if streak <= -IN_A_ROW}
+        new = [rank for rank, streak in enumerate(self._streaks) if streak >= IN_A_ROW]
+        new = [rank for rank in new if rank not in self._named]
+        self._named.update(new)
+        return new
+
+
 class Stragglers(Hook):
     """Names slow ranks in the log and in incidents.jsonl; TensorBoard shows the slowest rank's factor."""
 
     def __init__(self, settings: Guard) -> None:
         self._settings = settings
         self._own: list[float] = []
-        self._streaks: list[
-            int
-        ] = []  # by rank: comparisons in a row in which it was slow, or (negative) was not
-        self._named: set[int] = set()
         self._sums: list[float] = []  # by rank, of what was compared
         self._comparisons = 0
 
     def on_run_start(self, trainer: Trainer) -> None:
         self._hosts: list[str] = [""] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(self._hosts, socket.gethostname())
+        self._streaks = Streaks(len(self._hosts), self._settings.straggler)
         self._own = []
 
     def on_stage_start(self, trainer: Trainer, stage: object) -> None:
@@ -64,19 +84,8 @@ class Stragglers(Hook):
         self._comparisons += 1
         self._sums = [a + b for a, b in zip(self._sums or [0.0] * len(seconds), seconds, strict=True)]
         done.scalars["slowest_rank"] = max(seconds) / usual
-        factor = self._settings.straggler
-        limit = max(factor * usual, usual + LEAST_SECONDS)
-        slow = {rank for rank, own in enumerate(seconds) if own > limit}
-        self._streaks = [
-            max(streak, 0) + 1 if rank in slow else min(streak, 0) - 1
-            for rank, streak in enumerate(self._streaks or [0] * len(seconds))
-        ]
-        for rank, streak in enumerate(self._streaks):
-            if streak == IN_A_ROW and rank not in self._named:
-                self._named.add(rank)
-                self._name(trainer, done, rank, seconds[rank], usual)
-            elif streak == -IN_A_ROW:
-                self._named.discard(rank)
+        for rank in self._streaks.newly_slow(seconds):
+            self._name(trainer, done, rank, seconds[rank], usual)
 
     def _name(self, trainer: Trainer, done: StepDone, rank: int, seconds: float, usual: float) -> None:
         host = self._hosts[rank]

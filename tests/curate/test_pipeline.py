@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +116,6 @@ def test_the_same_whatever_the_workers_and_told_when_done(tmp_path: Path, raw: P
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/documents").iterdir()}
     assert run(config).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/documents").iterdir()} == before
-
-
-def test_kill_9_then_the_same_command(tmp_path: Path, raw: Path) -> None:
-    config = configure(tmp_path, raw, "gopher_quality", "minhash", "gopher_repetition", tasks=6)
-    assert run(config, "--output", tmp_path / "whole").returncode == 0
-    chance = random.Random(3)
-    for _ in range(3):
-        process = subprocess.Popen(
-            smol("curate", config), env=environment(), stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(chance.uniform(2, 8))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run(config).returncode == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_another_configuration_is_not_mixed_in(tmp_path: Path, raw: Path) -> None:

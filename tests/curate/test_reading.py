@@ -14,7 +14,8 @@ from megatron_smol.curate import reading
 from megatron_smol.curate.filters import LanguageOf, WithoutControl
 from megatron_smol.curate.formulas import keep_formulas
 from megatron_smol.curate.kept import FewDropped
-from megatron_smol.curate.reading import ReadInputs, ReadPart, WritePart
+from megatron_smol.curate.parts import ReadPart, WritePart
+from megatron_smol.curate.reading import ReadInputs
 from megatron_smol.errors import UserError
 
 PARAGRAPH = "The area of a triangle is half of its base times its height, which can be seen by cutting a rectangle in two along a line from corner to corner. "
