@@ -1,8 +1,8 @@
-"""Core attention and RMSNorm for megatron-core's local layers (no Transformer Engine).
+"""Core attention for megatron-core's local layers (no Transformer Engine).
 
 megatron-core's own local attention builds the [b, heads, s, s] scores (24 layers x 32 heads x 8192^2 x 2 bytes = 103 GB
-for the 1.7B at length 8192) and its RMSNorm refuses sequence parallelism. These two modules
-have the same constructors and shapes, and are used on CPU and on GPUs without Transformer Engine.
+for the 1.7B at length 8192). This module has the same constructor and shapes, and is used on CPU and on GPUs without
+Transformer Engine.
 """
 
 from __future__ import annotations
@@ -103,11 +103,3 @@ def documents_mask(documents: Tensor) -> Tensor:
     """
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` that tells megatron-core when its gradient must be summed over tensor ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -168,12 +168,14 @@ def use_cpu() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random as mc_random
 
+    from megatron_smol.model.gradients import write_gradients_in_place
+
     # Two methods move a tensor with `.cuda()`: there the *name* becomes `.cpu()`.
     _call_cpu_for_cuda(LanguageModule.setup_embeddings_and_output_layer)
     _call_cpu_for_cuda(DistributedOptimizer.get_parameter_state_dp_zero)
 
     _keep_gradients_of_one_rank_in_place()
-    _add_weight_gradients_in_place()
+    write_gradients_in_place()
     # Recomputation puts the random state back; the CPU's is handled beside it.
     mc_random._get_cuda_rng_state = lambda **_: None
     mc_random._set_cuda_rng_state = lambda *_, **__: None
@@ -203,20 +205,6 @@ def _keep_gradients_of_one_rank_in_place() -> None:
 
     # The shard of a single rank is a view of the whole buffer.
     buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func = all_gather, reduce_scatter
-
-
-def _add_weight_gradients_in_place() -> None:
-    """A weight's gradient is added to its buffer by the product that computes it: no tensor of its own, no second pass.
-
-    megatron-core looks for this under the name of NVIDIA Apex's extension.
-    """
-    from megatron.core.tensor_parallel import layers
-
-    def add(inputs: Tensor, grad_outputs: Tensor, main_grad: Tensor) -> None:
-        main_grad.addmm_(grad_outputs.t(), inputs)
-
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add)
-    layers._grad_accum_fusion_available = True
 
 
 def _call_cpu_for_cuda(function: types.FunctionType) -> None:

@@ -1,4 +1,4 @@
-"""SwiGLU, rotary positions and the loss for megatron-core's local layers, without the copies that autograd adds.
+"""SwiGLU, RMSNorm, rotary positions and the loss for megatron-core's local layers, without the copies that autograd adds.
 
 megatron-core fuses them on a GPU (Transformer Engine, torch.compile). Its plain SwiGLU and rotation cut a tensor in two
 and join the halves again, forward and backward; here each half is written where it belongs. Same arithmetic, in the
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
@@ -45,6 +46,42 @@ class SwiGLU(torch.autograd.Function):
         torch.mul(grad, F.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return both
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` for any layout (megatron-core's refuses sequence parallelism)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # Its gradient must be summed over tensor ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch has one kernel for it on a GPU, and on the CPU derives the backward pass of five small ones.
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return Normalization.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class Normalization(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of [..., h]; keeps x and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        products = grad * normal
+        grad_weight = products.flatten(0, -2).sum(0)
+        # d normal / d x takes away the part of the gradient along `normal`, which its length of sqrt(h) cannot show.
+        along = products.matmul(weight).div_(x.size(-1)).unsqueeze(-1)
+        grad_x = torch.mul(grad, weight, out=products).addcmul_(normal, along, value=-1).mul_(scale)
+        return grad_x, grad_weight, None
 
 
 class Rotation(torch.autograd.Function):

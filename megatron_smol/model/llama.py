@@ -28,10 +28,10 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from megatron_smol.model.attention import RMSNorm, SdpaCoreAttention
+from megatron_smol.model.attention import SdpaCoreAttention
 from megatron_smol.model.backend import Backend, backend
 from megatron_smol.model.emulated_fp8 import emulate
-from megatron_smol.model.layers import SwiGluMLP
+from megatron_smol.model.layers import RMSNorm, SwiGluMLP
 from megatron_smol.model.precision import Precision, require_layers
 from megatron_smol.recipe.schema import Model, Parallel
 

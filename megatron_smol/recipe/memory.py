@@ -4,8 +4,8 @@ Read by `estimate` (what a plan costs), `fit` (what fits) and `speed`. The formu
 any device; `bench/memory.py` and tests/recipe/test_estimate.py compare them with what real CPU steps allocate. What is
 saved for the backward pass depends on the kernels:
 
-cpu    megatron-core's local layers with ours (model/layers.py, model/attention.py). PyTorch's RMSNorm has no kernel on
-       the CPU: it keeps its input, the normalised values and its output, the first two in fp32.
+cpu    megatron-core's local layers with ours (model/layers.py, model/attention.py). RMSNorm keeps its input and one number a
+       row in fp32; in bf16 it is PyTorch's, which keeps its input and the normalised values, both in fp32.
 torch  the same layers on a GPU, where RMSNorm is one kernel that keeps its input and one number a row.
 te     Transformer Engine 2.11: fused norm + linear, rotary positions, SwiGLU and cross-entropy. Read in its source,
        not measured yet (bench/gpu/PENDING.md).
@@ -209,10 +209,10 @@ def layer_bytes_per_token(model: Model, layout: Layout, work: Work, kernels: Ker
 
 
 def _norm_bytes(model: Model, layout: Layout, work: Work, kernels: Kernels) -> float:
-    """RMSNorm and the linear behind it, per token: input, output, one fp32 number a row; on the CPU see above."""
+    """RMSNorm and the linear behind it, per token: input, output, one fp32 number a row."""
     h, width = model.hidden_size, _width(work)
     output = 1 if _is_fp8(work) else width
-    inside = 4 + 4 if kernels == "cpu" else width
+    inside = 4 + 4 if kernels == "cpu" and width == 2 else width  # bf16: PyTorch's
     return (h * (inside + output) + 4) / layout.residual_split
 
 
@@ -253,14 +253,14 @@ def _workspace_bytes(model: Model, layout: Layout, work: Work, kernels: Kernels,
     """Tensors of the moment: the larger of the backward pass of the output layer and that of a transformer layer.
 
     Output layer: the table's gradient, and the gradient of its input. Transformer layer: the gradient of gate, up and
-    their product, and of one weight; with recomputation also what the layer saves. The logits are gone by then.
+    their product, and of one weight; with recomputation also what the layer saves, its output once more and the gradient of that. The logits are gone by then.
     """
     tokens, width, h, f = layout.tokens(work), _width(work), model.hidden_size, model.ffn_size
     # With sequence parallel, the input of a linear is gathered once more, and the gradient of it is whole at first.
     inputs = width * tokens * h * (2 if layout.sequence_parallel else 1)
     layer = width * (tokens * 3 * f + 2 * f * h) / layout.tp + inputs
     if layout.recompute == "full":
-        layer += tokens * layer_bytes_per_token(model, layout, work, kernels)
+        layer += tokens * (layer_bytes_per_token(model, layout, work, kernels) + 2 * width * h)
     if not logits:
         return layer
     table = width * model.vocab_size * h / layout.tp + inputs

@@ -27,6 +27,7 @@ from megatron_smol.data.batch import IGNORED, MicroBatch
 from megatron_smol.errors import UserError
 from megatron_smol.model.backend import backend, init_process_group, seed_random_streams
 from megatron_smol.model.context_parallel import local_part
+from megatron_smol.model.gradients import finish_products
 from megatron_smol.model.llama import build_model, set_rope_base
 from megatron_smol.model.packing import packed, packs
 from megatron_smol.model.precision import precision as lookup_precision
@@ -188,6 +189,8 @@ class Engine:
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         """megatron-core's reduction of gradients over ranks; what comes before it is this rank's own work."""
         self._ready = _moment()
+        for part in self.parts:
+            finish_products(part.params_with_grad)
         finalize_model_grads(*args, **kwargs)
 
     @torch.no_grad()

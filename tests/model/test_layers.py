@@ -1,4 +1,4 @@
-"""SwiGLU, rotary positions, loss and clipping: the arithmetic of transformers and torch, forward and backward."""
+"""SwiGLU, norm, rotary positions, loss and clipping: the arithmetic of transformers and torch, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.transformer import attention as megatron_attention
 
 from megatron_smol.data.batch import IGNORED
 from megatron_smol.model import layers
-from megatron_smol.model.layers import Nats, Rotation, SwiGLU
+from megatron_smol.model.layers import Nats, Normalization, Rotation, SwiGLU
 from megatron_smol.train.optim import clip_gradients
 
 CONFIG = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False)
@@ -55,6 +55,13 @@ def test_gradients_are_those_of_the_definition() -> None:
     x, freqs = drawn(3, 1, 2, 4).double().requires_grad_(), angles(3, 4).double()[..., :2]
     assert torch.autograd.gradcheck(Rotation.apply, (x, freqs.cos(), freqs.sin()))
     assert torch.autograd.gradcheck(SwiGLU.apply, (drawn(3, 2, 6).double().requires_grad_(),))
+
+
+def test_norm_is_torchs() -> None:
+    x, weight = drawn(5, 2, 16), drawn(16) + 1
+    assert torch.equal(Normalization.apply(x, weight, 1e-5), F.rms_norm(x, (16,), weight, 1e-5))
+    x, weight = (t.double().requires_grad_() for t in (x, weight))
+    assert torch.autograd.gradcheck(Normalization.apply, (x, weight, 1e-5))
 
 
 def test_megatron_uses_it() -> None:
