@@ -7,9 +7,10 @@ it runs and let go of them after. Nothing of the forward passes is written again
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,7 @@ def _lend(model: nn.Module, read: Read, except_for: tuple[str, ...]) -> None:
 
 @contextmanager
 def _borrowed(module: nn.Module, prefix: str, read: Read) -> Iterator[None]:
+    _give_memory_back()
     _fill(module, prefix, read)
     try:
         yield
@@ -190,3 +192,9 @@ def _forget(module: nn.Module) -> None:
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _give_memory_back() -> None:
+    """glibc keeps freed blocks of the size of a layer's weights for later; the largest table comes on top of them."""
+    with suppress(AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
