@@ -1,4 +1,4 @@
-"""`smol plan`, `train`, `report`, `doctor`: a recipe from arithmetic to a finished run."""
+"""`smol plan`, `train`, `doctor`: a recipe from arithmetic to a finished run."""
 
 from __future__ import annotations
 
@@ -84,15 +84,6 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     from megatron_smol.train.run import train as run
 
     raise typer.Exit(run(loaded, stop))
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", metavar="RUN")],
-) -> None:
-    """Write RUN/report.html: losses, mixtures, ledger, validation, samples, in one self-contained file."""
-    from megatron_smol.report.render import write_report
-
-    print(write_report(run))
 
 
 def doctor() -> None:

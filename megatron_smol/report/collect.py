@@ -111,6 +111,7 @@ class RunRecord:
     recipe_text: str
     ledger: dict[str, Any] | None
     missing: list[str]  # one sentence each
+    label: str = ""  # the name, made unique among the runs of a page
 
     @property
     def begun(self) -> list[StageRun]:
@@ -173,6 +174,7 @@ def collect(run_dir: Path, metrics: MetricsFile | None = None) -> RunRecord:
         recipe_text=recipe_path.read_text(encoding="utf-8") if recipe_path.is_file() else "",
         ledger=_read_json(run_dir / "ledger.json"),
         missing=missing,
+        label=plan.get("name", run_dir.resolve().name),
     )
 
 
@@ -212,7 +214,9 @@ def _planned_stage(index: int, entry: dict[str, Any]) -> StageRun:
 
 def _unplanned_stage(row: dict[str, Any]) -> StageRun:
     """A stage known only by its first metrics row: the plan is absent."""
-    settings = {name: row[name] for name in ("seq_length", "global_batch", "precision") if name in row}
+    settings: dict[str, Any] = {
+        name: row[name] for name in ("seq_length", "global_batch", "precision") if name in row
+    }
     before = row["tokens"] - row["seq_length"] * row["global_batch"]
     return StageRun(
         row["stage"], row["stage_index"], start_step=row["step"] - 1, start_tokens=before, settings=settings

@@ -1,7 +1,7 @@
-"""Evaluations of a run in its report: scores over tokens, and what each stage and SFT and DPO changed.
+"""Evaluations of a run in its report: what each model scored, and what each stage, SFT and DPO changed.
 
 `smol eval RUN --stages` writes RUN/evals.jsonl; a run without it has no such section. The changes are those of
-`smol eval --compare`, each model against the one it continues.
+`smol eval --compare`, each model against the one it continues. `scores` draws them.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import matplotlib
 
 from megatron_smol.errors import UserError
-from megatron_smol.evals.compare import BEYOND, Delta, Side, compare
+from megatron_smol.evals.compare import Delta, Side, compare
 from megatron_smol.evals.results import Row, load_rows, newest
 from megatron_smol.evals.target import RESULTS
 from megatron_smol.report.collect import RunRecord, StageRun
-from megatron_smol.report.style import INK, MUTED, STYLE, Layout, inline_svg, short, stage_colours
 
 TAIL = ("hf", "sft", "dpo")  # folders of a run, each made from the one before it
-_VERDICTS = {"better": "#1f7a4d", "worse": "#b42318", "within noise": "#9aa5b1", "unknown": "#9a6700"}
+_VERDICTS = {"better": "good", "worse": "bad", "within noise": "", "unknown": "warn"}  # classes of the page
 
 
 @dataclass(frozen=True)
@@ -58,22 +54,38 @@ class Evals:
         return [model for model in self.models if model.stage and model.tokens is not None]
 
     @property
-    def changed(self) -> list[Evaluated]:
-        return [model for model in self.models if model.changes]
+    def tasks(self) -> list[str]:
+        return list(self.metrics)
 
     @property
-    def table(self) -> list[tuple[str, list[str]]]:
+    def instruct(self) -> bool:
+        """Whether everything was asked inside the chat template."""
+        return all(row.get("chat_template") for model in self.models for row in model.side.rows.values())
+
+    @property
+    def table(self) -> list[tuple[str, list[Cell]]]:
         """For each model its figures, a cell a task."""
-        return [
-            (model.name, [_cell(model.figures.get(task)) for task in self.metrics]) for model in self.models
-        ]
+        return [(model.name, [_cell(model, task) for task in self.metrics]) for model in self.models]
 
 
-def _cell(figure: tuple[float, float | None, int] | None) -> str:
-    if figure is None:
-        return ""
-    value, error, _ = figure
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+@dataclass(frozen=True)
+class Cell:
+    """A figure and its change against the model before; verdict: a class of the page."""
+
+    figure: str = ""
+    change: str = ""
+    verdict: str = ""
+
+
+def _cell(model: Evaluated, task: str) -> Cell:
+    if task not in model.figures:
+        return Cell()
+    value, error, _ = model.figures[task]
+    figure = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    delta = next((delta for delta in model.changes if delta.task == task), None)
+    if delta is None:
+        return Cell(figure)
+    return Cell(figure, f"{delta.b - delta.a:+.4f}", _VERDICTS[delta.verdict])
 
 
 def collect_evals(run: RunRecord) -> Evals | None:
@@ -138,93 +150,3 @@ def _with_changes(model: Evaluated, before: Evaluated | None) -> Evaluated:
         except UserError:  # no task in common
             before = None
     return Evaluated(model.name, model.side, model.tokens, model.stage, before, tuple(changes))
-
-
-# --- pictures ----------------------------------------------------------------------------------------------
-
-
-def scores(evals: Evals, layout: Layout) -> str:
-    """A panel a task: score over tokens along the lineage, with one standard error to each side."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    models, colours = evals.over_tokens, stage_colours(evals.run)
-    tasks = [task for task in evals.metrics if any(task in model.figures for model in models)]
-    with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(layout, len(tasks), 2.0)
-        for axes, task in zip(panels, tasks, strict=True):
-            for model in models:
-                if task in model.figures:
-                    _draw_score(axes, model, task, colours)
-            axes.set_title(
-                f"{task} ({evals.metrics[task]})", size=9, fontweight="bold", loc="left", color=INK
-            )
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.margins(x=0.08, y=0.12)
-        figure.supxlabel("tokens along the lineage", size=9.5, color=MUTED)
-        return inline_svg(figure, f"scores-{layout.name}", "Score of each task over tokens")
-
-
-def _draw_score(axes: Any, model: Evaluated, task: str, colours: dict[str, str]) -> None:
-    assert model.stage is not None
-    colour, (value, error, _) = colours[model.stage.name], model.figures[task]
-    if model.before and task in model.before.figures:
-        x, y = [model.before.tokens, model.tokens], [model.before.figures[task][0], value]
-        style = "--" if model.stage.is_branch else "-"
-        axes.plot(x, y, style, color=colour, linewidth=1.2, alpha=0.6, zorder=2)
-    axes.errorbar(
-        model.tokens,
-        value,
-        yerr=error or None,
-        fmt="o",
-        color=colour,
-        markersize=4.5,
-        linewidth=1.0,
-        zorder=3,
-    )
-
-
-def changes(evals: Evals, layout: Layout) -> str:
-    """A panel a task: each model minus the one it continues, with the bar beyond which it is no noise."""
-    models = evals.changed
-    tasks = [task for task in evals.metrics if any(task == delta.task for m in models for delta in m.changes)]
-    with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(layout, len(tasks), 0.24 * len(models) + 0.9, sharey=True)
-        for axes, task in zip(panels, tasks, strict=True):
-            for row, model in enumerate(models):
-                for delta in (d for d in model.changes if d.task == task):
-                    _draw_change(axes, row, delta)
-            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
-            axes.set_title(task, size=9, fontweight="bold", loc="left", color=INK)
-            axes.set_yticks(range(len(models)), [_label(model) for model in models])
-            axes.set_ylim(len(models) - 0.5, -0.5)
-            axes.tick_params(axis="y", length=0)
-            axes.grid(False, axis="y")
-            axes.spines["left"].set_visible(False)
-            axes.locator_params(axis="x", nbins=4)
-        figure.supxlabel("change of the score", size=9.5, color=MUTED)
-        return inline_svg(figure, f"changes-{layout.name}", "Change of each score from model to model")
-
-
-def _draw_change(axes: Any, row: int, delta: Delta) -> None:
-    error = BEYOND * delta.stderr if delta.stderr is not None else None
-    colour = _VERDICTS[delta.verdict]
-    axes.errorbar(
-        delta.b - delta.a, row, xerr=error, fmt="o", color=colour, markersize=5, linewidth=1.4, zorder=3
-    )
-
-
-def _label(model: Evaluated) -> str:
-    return model.stage.name if model.stage else model.name
-
-
-def _panels(layout: Layout, count: int, height: float, sharey: bool = False) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    columns = min(layout.columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(layout.width, rows * height + 0.3), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel())
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    return figure, panels[:count]

@@ -1,40 +1,121 @@
-"""`smol report`: one self-contained HTML file from a run folder.
+"""`smol report`: one self-contained HTML file from one run folder or several.
 
-The last box of the flow: `collect` reads the folder, `figures` draws, and this module words the numbers and
-fills template.html. The page loads nothing: pictures are inline SVG, style is inline CSS, and there are no
-scripts, so it can be mailed or kept beside a checkpoint.
+The last box of the flow: `view` words the numbers of each run, `training`, `scores` and `tail` make the charts, and
+this module fills page.html. The page loads nothing: data, style, uPlot (folder uplot/, MIT licence) and page.js are in
+it, so it can be mailed or kept beside a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import orjson
+import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from megatron_smol.report import figures, style
-from megatron_smol.report.collect import RunRecord, SourceUse, StageRun, collect
-from megatron_smol.report.evals import changes, collect_evals, scores
-from megatron_smol.report.style import NARROW, WIDE, short
-from megatron_smol.report.tail import collect_tail, curves
+from megatron_smol.data.files import write_whole
+from megatron_smol.errors import UserError
+from megatron_smol.report import paper, training
+from megatron_smol.report.ablation import AblationTable, is_ablation, read_ablation
+from megatron_smol.report.charts import Chart
+from megatron_smol.report.scores import score_charts
+from megatron_smol.report.style import short
+from megatron_smol.report.tail import curves
+from megatron_smol.report.view import RunFolder, View
 
 REPORT_NAME = "report.html"
+COMPARISON_NAME = "comparison.html"
+
+
+class Report:
+    """A page about run folders and ablations that can be written again as they grow."""
+
+    def __init__(self, folders: Sequence[Path], output: Path | None = None) -> None:
+        """Raises UserError when a folder is given twice, or when the output's folder does not exist."""
+        twice = [folder for folder, count in Counter(f.resolve() for f in folders).items() if count > 1]
+        if twice:
+            raise UserError(f"{twice[0]} is given twice; name every run once")
+        self._ablations = [folder for folder in folders if is_ablation(folder)]
+        self._runs = [RunFolder(folder) for folder in folders if folder not in self._ablations]
+        alone = [*(run.path for run in self._runs), *self._ablations]
+        beside = alone[0] / REPORT_NAME if len(self._runs) == 1 or len(alone) == 1 else Path(COMPARISON_NAME)
+        self.path = output or beside
+        if output is not None and not output.parent.is_dir():
+            raise UserError(f"there is no folder {output.parent} for --output; make it, or write elsewhere")
+        self._folders = [str(folder) for folder in folders]
+
+    def write(self, every: float | None = None) -> bool:
+        """Write the page from what is there by now; returns whether all runs are complete.
+
+        every: seconds after which the page looks at itself again.
+        """
+        views = [run.view() for run in self._runs]
+        ablations = [read_ablation(folder) for folder in self._ablations]
+        complete = all(view.run.complete for view in views)
+        page = render(views, ablations, self._folders, None if complete else every)
+        write_whole(self.path, page)
+        return complete
 
 
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from what is in the run folder by now, and return its path."""
-    run = collect(Path(run_dir))
-    path = run.folder / REPORT_NAME
-    aside = path.with_name(f".{REPORT_NAME}.new")
-    aside.write_text(render(run), encoding="utf-8")
-    return aside.replace(path)
+    report = Report([Path(run_dir)])
+    report.write()
+    return report.path
 
 
-def render(run: RunRecord) -> str:
+def render(
+    views: list[View], ablations: list[AblationTable], folders: list[str], every: float | None = None
+) -> str:
     """The page as text."""
+    _label(views)
+    runs, health = [view.run for view in views], [view.health for view in views]
+    for number, view in enumerate(views):
+        view.colour = training.RUN_COLOURS[number % len(training.RUN_COLOURS)]
+        if view.run.begun and view.run.sources:
+            view.mixture = training.mixture(view.run, sync=len(views) == 1)
+    begun = any(run.begun for run in runs)
+    return _environment().get_template("page.html").render(
+        title=" · ".join(view.run.label for view in views) or ablations[0].name,
+        views=views,
+        several=len(views) > 1,
+        every=every,
+        differences=_differences(views) if len(views) > 1 else [],
+        training={
+            "loss": training.loss(runs, health),
+            "lr": training.learning_rate(runs),
+            "gradients": training.gradient_norm(runs, health),
+            "throughput": training.throughput(runs),
+            "mfu": training.mfu(runs, health),
+        }
+        if begun
+        else None,
+        incidents=sum(len(one.incidents) for one in health),
+        validation=training.validation(runs),
+        scores=score_charts(runs, [view.evals for view in views]),
+        has_evals=any(view.evals for view in views),
+        ablations=ablations,
+        tail_curves=curves(
+            [(view.run.label if len(views) > 1 else "", view.colour, view.tail) for view in views]
+        ),
+        has_samples=any(view.samples for view in views),
+        paper=paper.tables(),
+        paper_mixture=paper.mixture_chart(),
+        paper_tables=paper.score_tables(),
+        folders=" ".join(folders),
+        css=_asset("uplot/uPlot.min.css") + Markup("\n") + _asset("page.css"),
+        uplot=Markup("/*\n{}*/\n{}").format(_asset("uplot/LICENSE"), _asset("uplot/uPlot.iife.min.js")),
+        js=_asset("page.js"),
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("megatron_smol", "report"),
         autoescape=select_autoescape(default=True),
@@ -42,181 +123,45 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = short
-    tail, evals = collect_tail(run.folder), collect_evals(run)
-    return environment.get_template("template.html").render(
-        run=run,
-        status=_status(run),
-        tiles=_tiles(run),
-        verdict=_ledger_verdict(run),
-        stage_colours=style.stage_colours(run),
-        source_colours=style.source_colours(run),
-        training=_picture(figures.training, run) if run.begun else None,
-        mixture=_picture(figures.mixture, run) if run.begun and run.sources else None,
-        throughput=_picture(figures.throughput, run) if run.begun else None,
-        validation=_picture(figures.validation, run) if any(s.validation for s in run.stages) else None,
-        stages=[_stage_row(stage) for stage in run.stages],
-        sources=[_source_row(source) for source in run.sources],
-        tail=tail,
-        tail_curves=_picture(curves, tail) if tail else None,
-        evals=evals,
-        scores=_picture(scores, evals) if evals and evals.over_tokens else None,
-        changes=_picture(changes, evals) if evals and evals.changed else None,
-        samples=[_sample(sample) for sample in run.samples],
-    )
+    environment.filters["data"] = _data
+    return environment
 
 
-def _picture(draw: Callable[[Any, style.Layout], str], run: Any) -> Markup:
-    """Both widths of a figure; the page's CSS shows one."""
-    drawn = ((layout.name, draw(run, layout)) for layout in (WIDE, NARROW))
-    return Markup("".join(f'<div class="figure {name}">{svg}</div>' for name, svg in drawn))  # our own SVG
+def _asset(name: str) -> Markup:
+    return Markup(files("megatron_smol.report").joinpath(name).read_text("utf-8"))  # our own and uPlot's
 
 
-def _status(run: RunRecord) -> tuple[str, str]:
-    """A word for the page's badge, and its CSS class."""
-    if run.complete:
-        return "complete", "good"
-    total = sum((stage.end_step or 0) - stage.start_step for stage in run.stages if stage.end_step)
-    done = sum(len(stage.series) for stage in run.stages)
-    return (f"{done / total:.0%} of the steps" if total else f"{done:,} steps so far"), "warn"
+def _data(chart: Chart) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = orjson.dumps(chart.to_json()).decode()
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
-def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
-    """The figures that matter: what, value, remark."""
-    tiles: list[tuple[str, str, str]] = []
-    trunk = [stage for stage in run.begun if not stage.is_branch]
-    if trunk:
-        first, last = trunk[0].series.loss, _last_losses(trunk[-1])
-        tiles.append(
-            (
-                "training loss",
-                f"{last:.3f}",
-                f"{trunk[-1].name}, mean of its last steps; began at {first[0]:.2f}",
-            )
-        )
-    if ends := [stage for stage in trunk if "end" in stage.validation]:
-        losses = ends[-1].validation["end"]
-        tiles.append(
-            (
-                "validation loss",
-                f"{sum(losses.values()) / len(losses):.3f}",
-                f"mean of sources after {ends[-1].name}",
-            )
-        )
-    if run.begun:
-        tokens, steps = (
-            sum(stage.tokens_read for stage in run.begun),
-            sum(len(stage.series) for stage in run.begun),
-        )
-        seconds = sum(stage.seconds for stage in run.begun)
-        tiles.append(("tokens read", short(tokens), f"{tokens:,} in {steps:,} steps, branches included"))
-        tiles.append(("throughput", short(tokens / seconds), "tokens per second, mean over all steps"))
-        tiles.append(
-            ("time in steps", duration(seconds), f"{len(run.begun)} of {len(run.stages)} stages begun")
-        )
-    if run.parameters:
-        tiles.append(("parameters", short(run.parameters), f"{run.parameters:,}"))
-    return tiles
+def _label(views: list[View]) -> None:
+    """Runs of one name are told apart by their folders."""
+    names = Counter(view.run.name for view in views)
+    for view in views:
+        if names[view.run.name] > 1:
+            view.run.label = str(view.run.folder)
 
 
-def _last_losses(stage: StageRun) -> float:
-    """Mean loss of the last tenth of the stage, ten steps at most: one step alone is noise."""
-    count = max(1, min(10, len(stage.series) // 10))
-    return sum(stage.series.loss[-count:]) / count
-
-
-def _ledger_verdict(run: RunRecord) -> tuple[str, str] | None:
-    """Whether the stages drew what was planned, in words, and a CSS class."""
-    finished = [stage for stage in run.stages if stage.agrees_with_plan is not None]
-    if not finished:
-        return None
-    wrong = [stage.name for stage in finished if not stage.agrees_with_plan]
-    if wrong:
-        return f"drawn windows differ from the plan in {', '.join(wrong)}", "bad"
-    every = (
-        f"all {len(finished)} stages"
-        if len(finished) == len(run.stages)
-        else f"the {len(finished)} finished stages"
-    )
-    if run.ledger_agrees is False:
-        return "ledger.json and metrics.jsonl do not add up to the same tokens", "bad"
-    as_well = ", and ledger.json says the same to the token" if run.ledger_agrees else ""
-    return f"{every} drew exactly the planned windows from every source{as_well}", "good"
-
-
-def _stage_row(stage: StageRun) -> dict[str, Any]:
-    """A stage as cells of the stage table."""
-    speed = median(stage.series.tokens_per_s) if stage.begun else None
-    planned_steps = None if stage.end_step is None else stage.end_step - stage.start_step
-    return {
-        "run": stage,
-        "steps": f"{len(stage.series):,}"
-        + ("" if stage.complete or planned_steps is None else f" of {planned_steps:,}"),
-        "from": f"{stage.start_step:,}" + (f" of {stage.parent}" if stage.is_branch else ""),
-        "lr": f"{stage.series.lr[0]:.2g} → {stage.series.lr[-1]:.2g}" if stage.begun else "",
-        "loss": f"{stage.series.loss[0]:.3f} → {_last_losses(stage):.3f}" if stage.begun else "",
-        "speed": f"{speed:,.0f}" if speed else "",
-        "time": duration(stage.seconds) if stage.begun else "",
-        "shares": _shares(stage),
-        "changes": _changes(stage),
-    }
-
-
-def _shares(stage: StageRun) -> list[dict[str, Any]]:
-    """Planned against drawn for each source of the stage."""
-    total = sum(stage.drawn.values())
-    names = [*stage.planned, *(name for name in stage.drawn if name not in stage.planned)]
-    return [
-        {
-            "source": name,
-            "weight": stage.planned.get(name, {}).get("weight"),
-            "planned": stage.planned.get(name, {}).get("windows"),
-            "drawn": stage.drawn.get(name, 0),
-            "share": stage.drawn.get(name, 0) / total if total else None,
-        }
-        for name in names
+def _differences(views: list[View]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) of the resolved recipes, where they are not all the same."""
+    flat = [
+        _flat(yaml.safe_load(view.run.recipe_text) or {}) if view.run.recipe_text else {} for view in views
     ]
+    settings = dict.fromkeys(setting for one in flat for setting in one)
+    rows = [(setting, [one.get(setting, "–") for one in flat]) for setting in settings]
+    return [(setting, values) for setting, values in rows if len(set(values)) > 1]
 
 
-def _changes(stage: StageRun) -> dict[str, dict[str, float | None]]:
-    """Validation loss of each source before and after the stage."""
-    before, after = stage.validation.get("start", {}), stage.validation.get("end", {})
-    changes: dict[str, dict[str, float | None]] = {}
-    for name in {**before, **after}:
-        both = name in before and name in after
-        changes[name] = {
-            "before": before.get(name),
-            "after": after.get(name),
-            "change": after[name] - before[name] if both else None,
-        }
-    return changes
-
-
-def _source_row(source: SourceUse) -> dict[str, Any]:
-    """A source with the geometry of its bar: epochs read against the cap."""
-    cap, epochs = source.max_epochs, source.epochs or 0.0
-    span = max(cap or 0.0, epochs, source.planned_epochs or 0.0) or 1.0
-    return {"use": source, "filled": 100 * epochs / span, "cap_at": None if cap is None else 100 * cap / span}
-
-
-def _sample(sample: dict[str, str]) -> dict[str, str]:
-    """A sample whose text does not repeat its prompt."""
-    prompt, text = sample.get("prompt", ""), sample.get("text", "")
-    return {
-        "label": sample.get("stage") or sample.get("model") or "",
-        "prompt": prompt,
-        "text": text.removeprefix(prompt),
-    }
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 48 s, 3 min 20 s, 5 h 12 min, 12 d 3 h."""
-    whole = round(seconds)
-    for unit, size, below, below_size in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if whole >= size:
-            rest = whole % size // below_size
-            return f"{whole // size} {unit}" + (f" {rest} {below}" if rest else "")
-    return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """{"a.b": "1"}; stages by their names."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
+        value = {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in value}
+    if not isinstance(value, dict):
+        return {path: value if isinstance(value, str) else json.dumps(value)}
+    found: dict[str, str] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return found

@@ -1,21 +1,20 @@
-"""How the report's pictures look: page widths, colours, numbers on axes, and a figure as inline SVG.
+"""Colours and numbers of the report's charts; and, for a data set's card, a matplotlib figure as inline SVG.
 
-Shared by the functions of `figures`. Text stays text in the SVG, so it is sharp, searchable and in the page's
-own typeface.
+Text stays text in the SVG, so it is sharp, searchable and in the page's own typeface.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from megatron_smol.report.collect import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, MUTED, HAIRLINE = "#1f2933", "#66737f", "#e3e8ec"
 # The trunk darkens along the run; branches stand out against it.
@@ -47,18 +46,6 @@ STYLE: Any = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A page width: figure width in inches and panels side by side."""
-
-    name: str
-    width: float
-    columns: int
-
-
-WIDE, NARROW = Layout("wide", 9.4, 4), Layout("narrow", 4.1, 2)
-
-
 def short(number: float) -> str:
     """Three significant digits and a scale: 150k, 2.5M, 9.89T."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -82,13 +69,10 @@ def source_colours(run: RunRecord) -> dict[str, str]:
     return {name: SOURCES[i % len(SOURCES)] for i, name in enumerate(run.source_names)}
 
 
-def is_dark(colour: str) -> bool:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 150
-
-
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an inline <svg> that scales with the page and has ids of its own."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": name, **STYLE}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

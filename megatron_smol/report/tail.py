@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
+from megatron_smol.report.charts import Chart, Line
 from megatron_smol.report.collect import read_rows
-from megatron_smol.report.style import INK, MUTED, STYLE, WIDE, Layout, inline_svg
+from megatron_smol.report.downsample import binned, extremes, running_mean
+from megatron_smol.report.style import INK
 
 TITLES = {"sft": "SFT", "dpo": "DPO"}
 # (stage, field of a row, title with its unit)
@@ -23,7 +24,7 @@ _PANELS = (
     ("dpo", "margin", "DPO margin (beta × nats)"),
     ("dpo", "accuracy", "DPO accuracy (share of pairs)"),
 )
-_COLOUR = "#2b6cb0"
+POINTS = 500
 
 Row = dict[str, Any]
 
@@ -77,49 +78,42 @@ def collect_tail(run_dir: Path) -> list[TailRun]:
     return found
 
 
-def curves(tail: list[TailRun], layout: Layout) -> str:
-    """A panel a quantity over optimizer steps: training as a line, held-out rows as dots."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def curves(tails: Sequence[tuple[str, str, list[TailRun]]]) -> list[Chart]:
+    """A chart a quantity over optimizer steps: training as a line, held-out rows as dots.
 
-    by_kind = {run.kind: run for run in tail}
-    panels = [panel for panel in _PANELS if panel[0] in by_kind]
-    columns = 2 if layout is WIDE and len(panels) > 1 else 1
-    rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(layout.width, 2.3 * rows), layout="constrained")
-        for axes, (kind, name, title) in zip(
-            figure.subplots(rows, columns, squeeze=False).ravel(), panels, strict=True
-        ):
-            run = by_kind[kind]
-            _draw(axes, run, name)
-            axes.set_title(title, size=10, fontweight="bold", loc="left", color=INK)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.set_xlabel("optimizer steps")
-        return inline_svg(
-            figure, f"tail-{layout.name}", "Losses, margin and accuracy of SFT and DPO over steps"
-        )
+    tails: (label, colour, its tail) of each run.
+    """
+    charts = []
+    for kind, name, title in _PANELS:
+        its = [(label, colour, one) for label, colour, tail in tails for one in tail if one.kind == kind]
+        lines = [line for label, colour, one in its for line in _lines(label, colour, one, name)]
+        if lines:
+            chart = Chart(
+                f"{title} over optimizer steps",
+                lines,
+                "optimizer steps",
+                title,
+                x_format="whole",
+                y_format="percent" if name == "accuracy" else "number",
+                y_range=(0.0, 1.0) if name == "accuracy" else None,
+                height=240,
+            )
+            charts.append(chart)
+    return charts
 
 
-def _draw(axes: Any, run: TailRun, name: str) -> None:
-    from megatron_smol.report.figures import binned, running_mean
-
-    x, y = binned([row["step"] for row in run.steps], [row[name] for row in run.steps])
-    axes.plot(x, y, color=_COLOUR, linewidth=0.8, alpha=0.35)
-    axes.plot(x, running_mean(y, max(1, len(y) // 50)), color=_COLOUR, linewidth=1.8, label="training")
+def _lines(label: str, colour: str, run: TailRun, name: str) -> list[Line]:
+    steps = [row["step"] for row in run.steps]
+    values = [row[name] for row in run.steps]
+    x, y = binned(steps, values, POINTS)
+    few = extremes(steps, values, steps[0], steps[-1], POINTS)
+    training = f"{label}: training" if label else "training"
+    held = f"{label}: held out" if label else "held out"
+    lines = [
+        Line("single steps", *few, colour, training, width=0.8, alpha=0.35, named=False),
+        Line(training, x, running_mean(y, max(1, len(y) // 50)), colour),
+    ]
     if run.heldout:
-        steps = [row["step"] for row in run.heldout]
-        axes.plot(
-            steps,
-            [row[name] for row in run.heldout],
-            "o--",
-            color=INK,
-            markersize=4.5,
-            linewidth=0.8,
-            label="held out",
-        )
-    if name == "margin":
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-    if name == "accuracy":
-        axes.set_ylim(-0.03, 1.03)
-    axes.legend(frameon=False, fontsize=8)
+        at, kept = [row["step"] for row in run.heldout], [row[name] for row in run.heldout]
+        lines.append(Line(held, at, kept, INK if not label else colour, dots=True, dash=(4, 3), width=1.0))
+    return lines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -14,6 +13,7 @@ from megatron_smol.report.collect import collect
 from megatron_smol.report.evals import Evals, collect_evals
 from megatron_smol.report.render import write_report
 from tests.report.fake_run import small_plan, write_run
+from tests.report.page import chart, lines
 
 QUESTIONS = 40
 
@@ -96,18 +96,40 @@ def test_the_page_has_scores_changes_and_numbers(run: Path) -> None:
     write_scores(run, "a", 10, **at_stage_end("stable"))
     write_scores(run, "b", 20, **at_stage_end("decay"))
     write_scores(run, "b", 30, task="piqa", fingerprint="b 20", **at_stage_end("decay"))
+    write_scores(run, "c", 21, **at_stage_end("long"))
     page = write_report(run).read_text()
     assert "<h2>Evaluations</h2>" in page
-    pictures = [svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if "arc_easy" in svg]
-    assert len(pictures) == 4  # scores and changes, for a wide page and for a phone
-    for picture in pictures:
-        ElementTree.fromstring(picture)
-    assert sum("tokens along the lineage" in svg and "piqa (acc)" in svg for svg in pictures) == 2
-    assert sum("change of the score" in svg and "piqa" not in svg for svg in pictures) == 2
-    assert "<td>0.5000 ± 0.0500</td><td>0.7500 ± 0.0500</td>" in page
+    scores = lines(chart(page, "acc (share of 1)", "arc_easy"))
+    assert set(scores) == {"trunk", "long"}  # the paper has no figure for arc_easy alone
+    ends = [at_stage_end(name)["tokens"] for name in ("stable", "decay", "long")]
+    assert (scores["trunk"]["x"], scores["trunk"]["y"]) == (ends[:2], [0.25, 0.5])
+    assert scores["trunk"]["errors"] == [0.05, 0.05]
+    assert scores["long"]["x"] == [ends[0], ends[2]]  # from where it leaves: before decay's end
+    assert re.search(
+        r'0\.5000 ± 0\.0500 <span class="good">\+0\.2500</span></td><td>0\.7500 ± 0\.0500</td>', page
+    )
     assert "<td>0.2500 ± 0.0500</td><td></td>" in page
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
+
+
+def test_smollm2_stands_beside_the_run_where_the_task_is_the_same(run: Path) -> None:
+    for name, right in (("stable", 10), ("decay", 20)):
+        write_scores(run, name, right, task="piqa", **at_stage_end(name))
+        write_scores(run, name, right, task="siqa", fingerprint=f"{name} {right}", **at_stage_end(name))
+    page = write_report(run).read_text()
+    paper = lines(chart(page, "acc (share of 1)", "piqa"))["SmolLM2-1.7B (paper)"]
+    assert paper["y"] == [0.7639, 0.765, 0.7726, 0.7764]
+    end = max(stage.end_tokens for stage in small_plan().stages)
+    assert paper["x"] == pytest.approx([end * share / 11 for share in (6, 8, 10, 11)], rel=1e-6)
+    assert "SmolLM2-1.7B (paper)" not in lines(chart(page, "acc (share of 1)", "siqa"))
+    rows = re.findall(r'<tr class="paper"><td>(.*?) <span.*?</td>(.*?)</tr>', page)
+    assert ("SmolLM2-135M", "<td>0.6840</td><td></td>") in rows
+
+
+def test_inside_the_chat_template_smollm2_is_the_instruct_model(run: Path) -> None:
+    write_scores(run, "decay", 20, task="piqa", chat_template=True, **at_stage_end("decay"))
+    page = write_report(run).read_text()
+    assert set(lines(chart(page, "acc (share of 1)", "piqa"))) == {"trunk"}
+    assert "SmolLM2-1.7B-Instruct <span" in page and "after stage 1 <span" not in page
 
 
 def test_an_older_model_of_the_same_name_is_left_out(run: Path) -> None:
@@ -116,7 +138,7 @@ def test_an_older_model_of_the_same_name_is_left_out(run: Path) -> None:
     (model,) = collected(run).models
     assert model.figures["arc_easy"][0] == 25 / QUESTIONS
     page = write_report(run).read_text()
-    assert "change of the score" not in page and "0.6250 ± 0.0500" in page  # numbers, and nothing to draw
+    assert "0.6250 ± 0.0500</td>" in page and "0.1250" not in page  # numbers, and nothing to draw
 
 
 def test_models_without_a_common_task(run: Path) -> None:
@@ -128,4 +150,4 @@ def test_models_without_a_common_task(run: Path) -> None:
 
 def test_no_evaluation_no_section(run: Path) -> None:
     assert collect_evals(collect(run)) is None
-    assert "Evaluations" not in write_report(run).read_text()
+    assert "<h2>Evaluations" not in write_report(run).read_text()

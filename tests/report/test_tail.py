@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from megatron_smol.report.render import write_report
 from megatron_smol.report.tail import collect_tail
 from tests.report.fake_run import small_plan, write_run
+from tests.report.page import charts, lines
 
 
 def write_tail(run: Path, kind: str, steps: int, finished: bool = True) -> None:
@@ -39,18 +38,16 @@ def test_the_tail_is_drawn_with_units(run: Path) -> None:
     write_tail(run, "dpo", 10, finished=False)
     page = write_report(run).read_text()
     assert "<h2>Fine-tuning</h2>" in page
-    pictures = [svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if "SFT loss" in svg]
-    assert len(pictures) == 2
-    for picture in pictures:
-        ElementTree.fromstring(picture)
-        for title in (
-            "SFT loss (nats per token)",
-            "DPO loss (nats per pair)",
-            "DPO margin",
-            "DPO accuracy",
-            "optimizer steps",
-        ):
-            assert title in picture
+    found = {one["y_label"]: lines(one) for one in charts(page) if one["x_label"] == "optimizer steps"}
+    assert set(found) == {
+        "SFT loss (nats per token)",
+        "DPO loss (nats per pair)",
+        "DPO margin (beta × nats)",
+        "DPO accuracy (share of pairs)",
+    }
+    sft = found["SFT loss (nats per token)"]
+    assert (sft["held out"]["x"], sft["held out"]["y"]) == ([0, 20], [3, 0.14286])
+    assert sft["single steps"]["y"][:2] == [2, 1] and sft["training"]["x"] == list(range(1, 21))
     assert "2.0000 → 0.1000" in page and "3.0000 → 0.1429" in page  # SFT: training, held out
     assert ">10 so far<" in page and "+1.000" in page and "50.0%" in page
 
