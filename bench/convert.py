@@ -13,6 +13,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,7 @@ def convert(direction: str, with_gate: str, source: str, out: str) -> dict[str, 
         setattr(conversion, name, as_gate(part))
     text = Path(out).parent / "text"
     text.write_text(verify.TEXT[:TEXT_CHARACTERS])
+    shutil.rmtree(out, ignore_errors=True)  # of the turn before
     began, cpu = time.perf_counter(), time.process_time()
     if direction == "import":
         conversion.from_hf(source, Path(out), overwrite=True, text=text, say=lambda _: None)
@@ -250,6 +252,7 @@ def peer(source: str, out: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     transformers.utils.logging.disable_progress_bar()
+    shutil.rmtree(out, ignore_errors=True)  # of the turn before
     began, cpu = time.perf_counter(), time.process_time()
     AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
