@@ -47,7 +47,9 @@ class Ablation(Section):
     base: Path = Field(description="recipe with the model, the sources and everything that the runs share")
     output: Path = Field(description="folder of the runs and the results")
     from_: Start | None = Field(None, alias="from", description="absent: from scratch")
-    budget: TokensOrSteps = Field(description="length of every run")
+    budget: tuple[TokensOrSteps, ...] = Field(
+        description="length of every run; a list compares several lengths", min_length=1
+    )
     candidates: dict[str, dict[str, Any]] = Field(description="mixtures by name", min_length=1)
     shares: tuple[float, ...] = Field((0.6,), description="of a candidate in an annealing run; SmolLM2: 0.6")
     running: dict[str, Any] | None = Field(
@@ -58,13 +60,19 @@ class Ablation(Section):
     rank_by: str = Field("loss:mean", description="loss:SOURCE, loss:mean, or TASK:METRIC of an evaluation")
     eval: Evaluation | None = None
     ranks: int = Field(0, ge=0, description="processes of a run on this machine; 0: one, without a launcher")
+    jobs: int = Field(1, gt=0, description="runs at a time on this machine")
     overrides: tuple[str, ...] = Field((), description="of the base recipe, as a.b=c")
 
-    @field_validator("seeds", "shares")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _no_twins(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _one_budget_or_several(cls, value: object) -> object:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @field_validator("seeds", "shares", "budget")
+    @classmethod
+    def _no_twins(cls, value: tuple[object, ...]) -> tuple[object, ...]:
         if len(set(value)) < len(value):
-            raise ValueError(f"a value is given twice in {list(value)}")
+            raise ValueError(f"a value is given twice in {', '.join(map(str, value))}")
         return value
 
     @field_validator("shares")

@@ -6,8 +6,9 @@ those of the whole lineage. Seeds change the order of the data and, from scratch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,34 @@ from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
 from megatron_smol.recipe.plan import Plan, StagePlan, make_plan, resolve_sizes
 from megatron_smol.recipe.schema import Recipe
+from megatron_smol.recipe.units import Amount
 
 STAGE = "ablation"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: `arm` is what is compared (candidate, and share where several are tried)."""
+class Arm:
+    """What is compared: a mixture over a budget. share: of the candidate; None: from scratch, or the control."""
 
-    arm: str
+    candidate: str
+    share: float | None
+    budget: Amount
+    mixture: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: Arm
     seed: int
     recipe: Recipe
     plan: Plan
 
     @property
     def name(self) -> str:
-        return f"{self.arm}, seed {self.seed}"
+        return f"{self.arm.name}, seed {self.seed}"
 
     @property
     def stage(self) -> StagePlan:
@@ -49,9 +62,9 @@ def runs_of(config: Ablation) -> list[Run]:
     base = load_recipe(config.base, list(config.overrides))
     start = _starting_point(base, config.from_) if config.from_ else None
     made = []
-    for arm, mixture in _arms(config, start):
+    for arm in arms_of(config, start.stage.weights if start else None):
         for seed in config.seeds:
-            recipe = Recipe.model_validate(_recipe(base, config, start, arm, mixture, seed))
+            recipe = Recipe.model_validate(_recipe(base, config, start, arm, seed))
             plan = make_plan(recipe, resolve_sizes(recipe))
             plan.require_no_errors()
             made.append(Run(arm, seed, recipe, plan))
@@ -92,38 +105,44 @@ def _starting_point(base: Recipe, start: Start) -> _Checkpoint:
     return _Checkpoint(stage, step, start.run / "checkpoints" / f"{stage.name}-{step:08d}")
 
 
-def _arms(config: Ablation, start: _Checkpoint | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, mixture) of everything that is compared."""
-    if start is None:
-        yield from config.candidates.items()
-        return
-    running = config.running or mixture_text(start.stage.weights)
-    if config.control:
-        yield CONTROL, running
-    for name, mixture in config.candidates.items():
-        for share in config.shares:
-            arm = name if len(config.shares) == 1 else f"{name} {share:g}"
-            parts = {"candidate": {"weight": share, "of": mixture}}
-            yield arm, parts if share == 1 else parts | {"running": {"weight": 1 - share, "of": running}}
+def arms_of(config: Ablation, running: Mapping[str, Fraction] | None) -> list[Arm]:
+    """The grid: control and candidates x shares, each over every budget. running: None from scratch."""
+    mixtures: list[tuple[str, float | None, dict[str, Any]]] = []
+    if running is None:
+        mixtures = [(name, None, mixture) for name, mixture in config.candidates.items()]
+    else:
+        rest = config.running or mixture_text(running)
+        mixtures = [(CONTROL, None, rest)] if config.control else []
+        for name, mixture in config.candidates.items():
+            for part in config.shares:
+                parts = {"candidate": {"weight": part, "of": mixture}}
+                parts |= {} if part == 1 else {"running": {"weight": 1 - part, "of": rest}}
+                mixtures.append((name, part, parts))
+    arms = []
+    for budget in config.budget:
+        for candidate, share, mixture in mixtures:
+            words = [candidate]
+            words += [f"{share:g}"] if share is not None and len(config.shares) > 1 else []
+            words += [str(budget)] if len(config.budget) > 1 else []
+            arms.append(Arm(candidate, share, budget, mixture, " ".join(words)))
+    return arms
 
 
-def _recipe(
-    base: Recipe, config: Ablation, start: _Checkpoint | None, arm: str, mixture: dict[str, Any], seed: int
-) -> dict[str, Any]:
+def _recipe(base: Recipe, config: Ablation, start: _Checkpoint | None, arm: Arm, seed: int) -> dict[str, Any]:
     data = base.model_dump(mode="json", by_alias=True, exclude_none=True)
-    unknown = [name for name in resolve_mixture(mixture) if name not in base.sources]
+    unknown = [name for name in resolve_mixture(arm.mixture) if name not in base.sources]
     if unknown:
         raise UserError(
-            f"'{arm}' names the source '{unknown[0]}', which {config.base} does not have; it has {', '.join(base.sources)}"
+            f"'{arm.name}' names the source '{unknown[0]}', which {config.base} does not have; it has {', '.join(base.sources)}"
         )
-    folder = arm.replace(" ", "-")
+    folder = arm.name.replace(" ", "-")
     data |= {
         "name": f"{config.name}-{folder}-{seed}",
         "run_dir": str(config.output.absolute() / folder / f"seed-{seed}"),
     }
     data["data"] |= {"seed": base.data.seed + seed, "page_length": f"{base.page_length}"}
     data.pop("tail", None)
-    stage: dict[str, Any] = {"name": STAGE, "tokens": _amount(config.budget), "mixture": mixture}
+    stage: dict[str, Any] = {"name": STAGE, "tokens": str(arm.budget), "mixture": arm.mixture}
     if start is None:
         data |= {"seed": base.seed + seed, "stages": [stage]}
         return data
@@ -146,7 +165,3 @@ def _recipe(
     for bound in ("decay_start", "decay_end"):  # they lie beyond, and this run has a decay of its own
         data["lr"].pop(bound, None)
     return data
-
-
-def _amount(amount: Any) -> str:
-    return f"{amount.value} steps" if amount.unit == "steps" else f"{amount.value}"
