@@ -16,12 +16,16 @@ import typer
 
 from megatron_smol.commands import evals, post, run, slurm
 from megatron_smol.commands.ablate import ablate
+from megatron_smol.commands.annotate import annotate
 from megatron_smol.commands.bench import bench_app
+from megatron_smol.commands.chatdata import chatdata
 from megatron_smol.commands.classifier import classifier
 from megatron_smol.commands.convert import convert_app
 from megatron_smol.commands.curate import curate
 from megatron_smol.commands.inspect import inspect
 from megatron_smol.commands.preprocess import preprocess
+from megatron_smol.commands.rebalance import rebalance
+from megatron_smol.commands.report import report
 from megatron_smol.commands.source import data_app
 from megatron_smol.errors import DataError, UserError, leave, ranks_have_met
 from megatron_smol.train import signals
@@ -40,6 +44,7 @@ _LEFT_TO_THE_FIRST_SECONDS = 2.0
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
     curate,
+    annotate,
     classifier,
     preprocess,
     run.train,
@@ -47,13 +52,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     slurm.status,
     slurm.simulate,
     inspect,
+    chatdata,
     post.sft,
     post.dpo,
     post.chat,
     post.generate,
     evals.eval,
     ablate,
-    run.report,
+    rebalance,
+    report,
     run.doctor,
 )
 for command in COMMANDS:
@@ -86,7 +93,7 @@ def entry() -> None:
     try:
         main()
     except SystemExit as done:
-        signals.hold()  # one that comes now would turn a finished command into a failed one
+        signals.ignore()  # one that comes now would turn a finished command into a failed one
         leave(done.code if isinstance(done.code, int) else 0 if done.code is None else 1)
 
 

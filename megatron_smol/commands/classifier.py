@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,9 +11,7 @@ from megatron_smol.errors import UserError
 
 
 def classifier(
-    labels: Annotated[
-        Path, typer.Argument(help="JSON lines with the text and its score (0 to 5).", metavar="LABELS")
-    ],
+    labels: Annotated[Path, typer.Argument(help="JSON lines with the text and its score.", metavar="LABELS")],
     output: Annotated[Path, typer.Option(help="Folder of the classifier: `model:` of a `score` step.")],
     text_key: Annotated[str, typer.Option(help="Field of the text.")] = "text",
     score_key: Annotated[str, typer.Option(help="Field of the score.")] = "score",
@@ -23,20 +21,35 @@ def classifier(
             help="Hugging Face encoder, frozen (FineWeb-Edu: Snowflake/snowflake-arctic-embed-m); default: hashed words."
         ),
     ] = None,
+    kind: Annotated[
+        Literal["scale", "binary"],
+        typer.Option(
+            help="scale: scores from 0 to 5, as FineWeb-Edu; binary: 1 for wanted documents and 0 for others, as DCLM."
+        ),
+    ] = "scale",
     threshold: Annotated[
-        float, typer.Option(help="Score from which a document is good, for the F1 of each cut.")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            help="Score from which a document is good, for the F1 of each cut; default 3, of binary 1."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the tenth that is held out.")] = 0,
 ) -> None:
     """Train a quality classifier on annotated documents and judge it on a held-out tenth.
 
     Prints macro-F1 with its 95 % interval beside what the length of a document alone would give, the confusion of
-    scores, and F1 and share kept at each threshold.
+    scores, F1 and share kept at each threshold, and how many documents a second it scores.
+
+    \b
+      smol annotate docs.jsonl --output labels.jsonl --scale edu --endpoint http://localhost:8000/v1 --model NAME
+      smol classifier labels.jsonl --output models/edu --encoder Snowflake/snowflake-arctic-embed-m
+      smol classifier pairs.jsonl --output models/dclm --kind binary
     """
-    from megatron_smol.curate.classifier import Settings, train
+    from megatron_smol.curate.classifier import MOST, Settings, train
 
     texts, scores = _labelled(labels, text_key, score_key)
-    made = train(texts, scores, Settings(encoder=encoder), threshold, seed)
+    settings = Settings(encoder=encoder, kind=kind)
+    made = train(texts, scores, settings, threshold if threshold is not None else min(3, MOST[kind]), seed)
     made.save(output)
     report = made.report
     low, high = report["macro_f1_95"]
@@ -47,8 +60,10 @@ def classifier(
     print("rows: score given, columns: score found")
     for given, row in enumerate(report["confusion"]):
         print(f"  {given}: " + " ".join(f"{count:6,}" for count in row))
+    digits = 1 if kind == "scale" else 4
     for cut in report["thresholds"]:
-        print(f"  keep >= {cut['threshold']:.1f}: F1 {cut['f1']:.3f}, {cut['kept']:.1%} kept")
+        print(f"  keep >= {cut['threshold']:.{digits}f}: F1 {cut['f1']:.3f}, {cut['kept']:.1%} kept")
+    print(f"scores {report['documents_per_second']:,.0f} documents/s")
     print(output)
 
 

@@ -18,6 +18,7 @@ kept and dropped, why, with examples. Given again after a kill, the same command
 \b
   smol curate examples/curate/fineweb-edu.yaml
   smol curate my.yaml --input 'raw/*.jsonl.gz' --output data/curated
+  smol curate stack.yaml --recipe examples/smollm2_1.7b.yaml --source stack_edu --tokenizer HuggingFaceTB/SmolLM2-1.7B
   smol preprocess data/curated/documents --output data/web --tokenizer HuggingFaceTB/SmolLM2-135M
 """
 
@@ -31,19 +32,30 @@ def curate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder in place of the file's own.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at once; default: one a core.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Counts tokens for the card.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A training recipe: the card tells how often its stages would read this set."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="With --recipe: its source that this set stands for; default: of the same name."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output of another configuration.")] = False,
 ) -> None:
+    epochs = {"recipe": recipe, "source": source} if recipe else None
+    given = {"output": output, "workers": workers, "tokenizer": tokenizer, "epochs": epochs}
+    overrides = {name: value for name, value in given.items() if value is not None}
     try:
         from megatron_smol.curate.config import load_curation
         from megatron_smol.curate.pipeline import curate as run
-    except ImportError as error:
+
+        loaded = load_curation(config, overrides, inputs)
+        card = run(loaded, overwrite=overwrite)
+    except ImportError as error:  # of this package's modules, or of what a step needs
         raise UserError(
             f"smol curate needs the extra `curate` ({error}): pip install 'megatron-smol[curate]'"
         ) from None
-    given = {"output": output, "workers": workers}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    loaded = load_curation(config, overrides, inputs)
-    card = run(loaded, overwrite=overwrite)
     print(card if card else f"submitted; squeue shows the jobs, {loaded.output}/card.html comes last")
 
 

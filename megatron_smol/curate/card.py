@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_smol.curate.config import Curation
+from megatron_smol.curate.domains import table
 from megatron_smol.curate.duplicates import found_share
+from megatron_smol.curate.epochs import reading
 from megatron_smol.curate.kept import samples_of, shares_of
+from megatron_smol.curate.scoring import SCORED, ScoreAtLeast
 from megatron_smol.curate.steps import MinHash
 from megatron_smol.data.files import write_whole
 
 _SIMILARITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 _MOST_SHARES = 12
 _SHOWN = 3
+_DECIDES = {"forwarded", "dropped"}  # counts of a block that keeps some documents and drops others
 
 
 def write_card(config: Curation, output: Path) -> None:
     """card.json and card.html in the output folder, from the records of all ranks (whatever run wrote them)."""
-    about = facts(config, output)
+    about, scores = facts(config, output)
+    if scores:
+        write_whole(output / "domains.jsonl", table(scores))
     write_whole(output / "card.json", json.dumps(about, indent=1) + "\n")
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -28,35 +36,31 @@ def write_card(config: Curation, output: Path) -> None:
     write_whole(output / "card.html", environment.get_template("curation.html").render(card=about))
 
 
-def facts(config: Curation, output: Path) -> dict[str, Any]:
-    """Everything on the page, as plain data."""
+def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Counter[int]]]:
+    """Everything on the page, as plain data; and the scores of the pages of each domain."""
     from megatron_smol.curate.pipeline import Layout, input_files, phases_of
 
     layout = Layout(output)
-    funnel: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for phase in phases_of(config, input_files(config.inputs.paths), layout):
-        totals = _totals(layout.logs(phase.name) / "stats")
-        for title, counts in zip(phase.titles, totals, strict=False):
-            if not title:
-                continue
-            if phase.alone:
-                notes.append(
-                    f"{title}: {counts.get('groups', 0):,}, the largest of {counts.get('largest_group', 0):,} documents"
-                )
-            elif "forwarded" in counts:
-                funnel.append(_row(title, counts))
-            elif counts.get("characters_removed"):
-                notes.append(f"{title}: {counts['characters_removed']:,} removed")
-    steps = [step.title for step in config.steps]
-    shares = shares_of(layout.work / "shares")
-    return {
+    phases = phases_of(config, input_files(config.inputs), layout)
+    counts = [
+        (title, phase.alone, block)
+        for phase in phases
+        for title, block in zip(phase.titles, _totals(layout.logs(phase.name) / "stats"), strict=False)
+    ]
+    rows = [
+        (title, block) for title, alone, block in counts if title and not alone and block.keys() & _DECIDES
+    ]
+    shares, domain_scores = shares_of(layout.work / "shares")
+    ratio = _tokens_per_character(config, layout.documents)
+    written = sum(block.get("characters", 0) for _, _, block in counts)  # told by the last phase alone
+    read = reading(config)
+    about = {
         "name": config.name,
-        "funnel": funnel,
-        "notes": notes,
+        "funnel": [_row(title, block) for title, block in rows],
+        "notes": [note for title, alone, block in counts if title for note in _notes(title, alone, block)],
         "dropped": {
             title: found
-            for number, title in enumerate(steps)
+            for number, title in enumerate(_distinct([step.title for step in config.steps]))
             if (found := samples_of(layout.samples(number), _SHOWN))
         },
         "kept": samples_of(layout.work / "samples" / "kept", _SHOWN),
@@ -71,8 +75,31 @@ def facts(config: Curation, output: Path) -> dict[str, Any]:
             for s in config.steps
             if isinstance(s, MinHash)
         ],
-        "tokens_per_character": _tokens_per_character(config, layout.documents),
+        "histograms": [
+            {"step": title, "scores": scores} for title, block in rows if (scores := _histogram(block))
+        ],
+        "tokens_per_character": ratio,
+        "epochs": read.of(round((ratio or 0) * written)) if read else None,
     }
+    return about, domain_scores
+
+
+def _notes(title: str, alone: bool, counts: dict[str, int]) -> Iterator[str]:
+    if alone:
+        largest = counts.get("largest_group", 0)
+        yield f"{title}: {counts.get('groups', 0):,}, the largest of {largest:,} documents"
+    if removed := counts.get("characters_removed"):
+        yield f"{title}: {removed:,} removed"
+    if empty := counts.get("empty_files"):
+        yield f"{title}: {empty:,} input files have no bytes"
+
+
+def _distinct(titles: list[str]) -> list[str]:
+    """A step that is there again is numbered."""
+    return [
+        title if titles.index(title) == number else f"{title} ({titles[: number + 1].count(title)})"
+        for number, title in enumerate(titles)
+    ]
 
 
 def _row(title: str, counts: dict[str, int]) -> dict[str, Any]:
@@ -84,6 +111,25 @@ def _row(title: str, counts: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _histogram(counts: dict[str, int]) -> list[tuple[float, int]]:
+    """Documents by the score that they were given, before the step dropped any."""
+    return sorted(
+        (float(name.removeprefix(SCORED)), n) for name, n in counts.items() if name.startswith(SCORED)
+    )
+
+
+def speeds(titles: list[str], blocks: list[Any], logs: Path) -> Iterator[tuple[str, float]]:
+    """(title, documents a second of one worker) of the steps with a classifier; from the tasks' own times."""
+    totals = _totals(logs / "stats")
+    seconds: dict[int, float] = defaultdict(float)
+    for path in (logs / "stats").glob("*.json"):
+        for number, block in enumerate(json.loads(path.read_text())):
+            seconds[number] += _amount(block["time_stats"])
+    for number, (title, block) in enumerate(zip(titles, blocks, strict=True)):
+        if isinstance(block, ScoreAtLeast) and block.rule.model and seconds[number]:
+            yield title, totals[number].get("total", 0) / seconds[number]
+
+
 def _totals(folder: Path) -> list[dict[str, int]]:
     """For each block of a phase, the sum of every rank's counts."""
     sums: list[dict[str, int]] = []
@@ -92,9 +138,13 @@ def _totals(folder: Path) -> list[dict[str, int]]:
             if number == len(sums):
                 sums.append({})
             for name, value in block["stats"].items():
-                amount = value["total"] if isinstance(value, dict) else value
-                sums[number][name] = sums[number].get(name, 0) + int(amount)
+                sums[number][name] = sums[number].get(name, 0) + int(_amount(value))
     return sums
+
+
+def _amount(value: Any) -> float:
+    """datatrove writes a sum alone, or with its mean and spread."""
+    return float(value["total"] if isinstance(value, dict) else value)
 
 
 def _tokens_per_character(config: Curation, documents: Path) -> float | None:

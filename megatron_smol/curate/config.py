@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from megatron_smol.curate.domains import Domains
 from megatron_smol.curate.steps import STEPS, Step
 from megatron_smol.errors import UserError, nearest
 from megatron_smol.recipe.load import load_yaml
@@ -21,17 +22,30 @@ class Inputs(Section):
     """Files of raw documents."""
 
     paths: tuple[str, ...] = Field(
-        description="files, folders and globs: JSONL (plain, .gz, .zst), parquet, WARC"
+        description="files, folders and globs: JSONL (plain, .gz, .zst), parquet, WARC, source files"
+    )
+    code: bool = Field(
+        False, description="of folders, the source files of Stack-Edu's 15 languages (code.py)"
     )
     text_key: str = Field("text", description="field of the text in JSONL and parquet")
     extract: Literal["trafilatura", "latex"] = Field(
         "trafilatura", description="HTML of WARC records to text; latex keeps formulas"
+    )
+    domains: Domains | None = Field(
+        None, description="only pages of domains that pass this rule (domains.py)"
     )
 
     @field_validator("paths", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+
+class Epochs(Section):
+    """For the card: how often a recipe's stages would read this set."""
+
+    recipe: Path
+    source: str | None = Field(None, description="of the recipe; absent: the one of this curation's name")
 
 
 class Slurm(Section):
@@ -56,6 +70,7 @@ class Curation(Section):
     )
     workers: int = Field(0, ge=0, description="processes at once on this machine; 0: one a core")
     tokenizer: str | None = Field(None, description="to count tokens in the card; absent: characters only")
+    epochs: Epochs | None = Field(None, description="needs `tokenizer`")
     slurm: Slurm | None = None
 
     @field_validator("steps", mode="before")

@@ -9,6 +9,7 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.filters.url_filter import URLFilter
 from datatrove.pipeline.formatters.base import BaseFormatter
 
 from megatron_smol.curate.kept import FewDropped
@@ -17,6 +18,19 @@ from megatron_smol.errors import UserError
 # Of SmolLM2's tokenizer: bytes without a token, and planes whose first byte has none (none of them is assigned).
 _NO_TOKEN = re.compile("[\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]")
 _FEW_CHARACTERS = 20_000  # of a document are enough to tell its language
+
+
+class UrlAllowed(URLFilter):
+    """datatrove's, with the list of public suffixes that its package brings: no network, the same everywhere."""
+
+    def __init__(self, lists: bool, extra_domains: tuple[str, ...], few: FewDropped) -> None:
+        from tldextract import TLDExtract
+
+        super().__init__(extra_domains=extra_domains, use_integrated_lists=lists, exclusion_writer=few)
+        self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
+
+    def filter(self, document: Document) -> bool | tuple[bool, str]:
+        return super().filter(document) if document.metadata.get("url") else (False, "no_url")
 
 
 class LanguageOf(BaseFilter):
@@ -115,33 +129,6 @@ class Matching(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         text = doc.text if self.field == "text" else str(doc.metadata.get(self.field, ""))
         return (self.pattern.search(text) is not None) != self.drop or (False, "match")
-
-
-class ScoreAtLeast(BaseFilter):
-    """Keeps by a score that the document has; with a model, by the model's, which is written into the document."""
-
-    type, name = "filter", "score"
-
-    def __init__(self, keep: float, field: str, model: Path | None, few: FewDropped) -> None:
-        super().__init__(exclusion_writer=few, batch_size=256 if model else 1)
-        self.keep, self.field, self.model = keep, field, model
-        self._loaded: Any = None
-
-    def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
-        if self.model is not None:
-            from megatron_smol.curate.classifier import Classifier
-
-            if self._loaded is None:
-                self._loaded = Classifier.load(self.model)
-            for doc, score in zip(batch, self._loaded.scores([doc.text for doc in batch]), strict=True):
-                doc.metadata[self.field] = round(float(score), 3)
-        return [self.filter(doc) for doc in batch]
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        score = doc.metadata.get(self.field)
-        if not isinstance(score, int | float):
-            return False, "no_score"
-        return score >= self.keep or (False, "score_below")
 
 
 class WithoutControl(BaseFormatter):

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from megatron_smol.curate.domains import domain_of
 from megatron_smol.data.files import write_whole
 
 FEW = 3  # documents a step and a rank
@@ -56,7 +56,7 @@ class FewDropped:
 
 
 class Describe(PipelineStep):
-    """Passes the kept documents on; counts their domains, languages, scores and lengths."""
+    """Passes the kept documents on; counts their domains, languages and lengths, and the scores of each domain."""
 
     type, name = "card", "shares"
 
@@ -68,34 +68,39 @@ class Describe(PipelineStep):
         shares: dict[str, Counter[str]] = {
             "domain": Counter(),
             "language": Counter(),
-            "score": Counter(),
             "length": Counter(),
         }
+        scores: dict[str, Counter[int]] = {}
         few = FewDropped(self.samples)
         with few:
             for document in data:
                 about = document.metadata
+                score = about.get("score")
                 if url := about.get("url"):
-                    shares["domain"][urlsplit(str(url)).netloc] += 1
+                    shares["domain"][domain := domain_of(url)] += 1
+                    if isinstance(score, int | float):
+                        scores.setdefault(domain, Counter())[round(score)] += 1
                 if language := about.get("language"):
                     shares["language"][str(language)] += 1
-                if (score := about.get("score")) is not None:
-                    shares["score"][f"{float(score):.1f}"] += 1
                 shares["length"][str(max(0, len(document.text).bit_length() - 1))] += 1
                 few.write(document, rank)
                 self.stat_update("characters", value=len(document.text))
                 yield document
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / f"{rank:05d}.json", json.dumps(shares))
+        write_whole(self.folder / f"{rank:05d}.json", json.dumps({"shares": shares, "domain_scores": scores}))
 
 
-def shares_of(folder: Path) -> dict[str, Counter[str]]:
-    """All ranks' shares together."""
-    total: dict[str, Counter[str]] = {}
+def shares_of(folder: Path) -> tuple[dict[str, Counter[str]], dict[str, Counter[int]]]:
+    """All ranks' shares together, and how many pages of each domain have each whole score."""
+    shares: dict[str, Counter[str]] = {}
+    scores: dict[str, Counter[int]] = {}
     for path in sorted(folder.glob("*.json")):
-        for name, counts in json.loads(path.read_text()).items():
-            total.setdefault(name, Counter()).update(counts)
-    return total
+        found = json.loads(path.read_text())
+        for name, counts in found["shares"].items():
+            shares.setdefault(name, Counter()).update(counts)
+        for domain, counts in found["domain_scores"].items():
+            scores.setdefault(domain, Counter()).update({int(score): n for score, n in counts.items()})
+    return shares, scores
 
 
 def samples_of(folder: Path, most: int = FEW) -> list[dict[str, Any]]:

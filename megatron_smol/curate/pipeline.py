@@ -19,17 +19,22 @@ from typing import Any
 
 from datatrove.executor import SlurmPipelineExecutor
 
-from megatron_smol.curate.config import Curation
+from megatron_smol.curate.code import language_of
+from megatron_smol.curate.config import Curation, Inputs
 from megatron_smol.curate.duplicates import DropGrouped, Group, WriteKeys
+from megatron_smol.curate.epochs import reading
 from megatron_smol.curate.kept import Describe, FewDropped
 from megatron_smol.curate.local import Tasks
 from megatron_smol.curate.parts import ReadPart, WritePart
-from megatron_smol.curate.reading import WARC, ReadInputs
+from megatron_smol.curate.reading import ReadInputs
+from megatron_smol.curate.warc import WARC
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import UserError
 
 DOCUMENTS, WORK, CARD = "documents", "work", "card.html"
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", *WARC)
+# Not part of what is made: they may differ between a run and the one that continues it.
+_FREE = {"workers", "slurm", "epochs", "tokenizer"}
 
 
 @dataclass
@@ -66,26 +71,35 @@ class Layout:
 
 def curate(config: Curation, *, overwrite: bool = False) -> Path | None:
     """Run what is not done yet; returns the card, or None where Slurm does the work."""
-    files = input_files(config.inputs.paths)
+    from megatron_smol.curate.card import speeds
+
+    files = input_files(config.inputs)
     layout = Layout(config.output.absolute())
     _claim(config, files, layout, overwrite)
     phases = phases_of(config, files, layout)
+    reading(config)  # what is wrong with the card's recipe is told before the work
     if config.slurm is not None:
         _submit(config, phases, layout)
         return None
+    # The card is made anew: its recipe or tokenizer may be others than last time.
+    shutil.rmtree(layout.logs("card"), ignore_errors=True)
     with Tasks(config.workers) as tasks:
         for phase in phases:
-            tasks.run(phase.what, phase.blocks, 1 if phase.alone else config.tasks, layout.logs(phase.name))
+            logs = layout.logs(phase.name)
+            tasks.run(phase.what, phase.blocks, 1 if phase.alone else config.tasks, logs)
+            for title, documents_per_second in speeds(phase.titles, phase.blocks, logs):
+                tasks.tell(f"{title}: {documents_per_second:,.0f} documents/s a worker")
     return layout.output / CARD
 
 
-def input_files(paths: tuple[str, ...]) -> list[str]:
+def input_files(inputs: Inputs) -> list[str]:
     """Files, folders and globs to files, sorted within each."""
     found: list[str] = []
-    for given in paths:
+    for given in inputs.paths:
         path = Path(given)
         if path.is_dir():
-            here = sorted(str(file) for file in path.rglob("*") if file.name.endswith(_ENDINGS))
+            files = sorted(str(file) for file in path.rglob("*") if file.is_file())
+            here = [file for file in files if (language_of(file) if inputs.code else file.endswith(_ENDINGS))]
         else:
             here = sorted(glob.glob(given))  # noqa: PTH207  a pattern may be absolute
         if not here:
@@ -99,7 +113,9 @@ def input_files(paths: tuple[str, ...]) -> list[str]:
 def phases_of(config: Curation, files: list[str], layout: Layout) -> list[Phase]:
     """The steps as phases; every block's files have names of their own."""
     phases = [Phase("phase-0")]
-    phases[0].add("read", ReadInputs(files, config.inputs.text_key, config.inputs.extract))
+    given = config.inputs
+    domains = None if given.domains is None else given.domains.chosen()
+    phases[0].add("read", ReadInputs(files, given.text_key, given.extract, domains))
     for number, step in enumerate(config.steps):
         few = FewDropped(layout.samples(number))
         if not step.splits:
@@ -139,7 +155,7 @@ def _claim(config: Curation, files: list[str], layout: Layout, overwrite: bool) 
     plan = layout.work / "curation.json"
     inputs = [{"path": file, "bytes": Path(file).stat().st_size} for file in files]
     wanted = json.dumps(
-        {"config": config.model_dump(mode="json", exclude={"workers", "slurm"})
+        {"config": config.model_dump(mode="json", exclude=_FREE)
          | {"steps": [{type(step).__name__: step.model_dump(mode="json")} for step in config.steps]}, "inputs": inputs},
         indent=1,
     )  # fmt: skip

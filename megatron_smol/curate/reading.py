@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from megatron_smol.curate.code import language_of, source_text
+from megatron_smol.curate.domains import domain_of
+from megatron_smol.curate.warc import WARC, extractor, pages
 from megatron_smol.data.records import parse
 from megatron_smol.errors import DataError
 
-WARC = (".warc", ".warc.gz", ".arc", ".arc.gz")
 LONGEST_LINE = (
     64 << 20
 )  # bytes; longer lines are counted and left out: a document of that size is no document
@@ -30,16 +32,23 @@ class ReadInputs(PipelineStep):
 
     type, name = "read", "inputs"
 
-    def __init__(self, files: list[str], text_key: str, extract: str) -> None:
+    def __init__(
+        self, files: list[str], text_key: str, extract: str, domains: frozenset[str] | None = None
+    ) -> None:
         super().__init__()
-        self.files, self.text_key, self.extract = files, text_key, extract
+        self.files, self.text_key, self.extract, self.domains = files, text_key, extract, domains
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for file in self.files[rank::world_size]:
+            if not Path(file).stat().st_size:
+                self.stat_update("empty_files")
+                continue
             if file.endswith(WARC):
                 found = self._warc(file)
             elif file.endswith(".parquet"):
                 found = self._parquet(file)
+            elif language_of(file):
+                found = self._code(file)
             else:
                 found = self._lines(file)
             for document in found:
@@ -60,7 +69,10 @@ class ReadInputs(PipelineStep):
             return None
         identity = str(record.pop("id", name))
         about = record.pop("metadata", None)
-        return Document(text=text, id=identity, metadata=record | (about if isinstance(about, dict) else {}))
+        metadata = record | (about if isinstance(about, dict) else {})
+        if not self._is_wanted(metadata.get("url")):
+            return None
+        return Document(text=text, id=identity, metadata=metadata)
 
     def _lines(self, file: str) -> Iterator[Document]:
         stem = Path(file).name
@@ -78,63 +90,43 @@ class ReadInputs(PipelineStep):
                         yield document
 
     def _parquet(self, file: str) -> Iterator[Document]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                if document := self._document(record, f"{Path(file).name}/{number}"):
-                    yield document
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    if document := self._document(record, f"{Path(file).name}/{number}"):
+                        yield document
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file} cannot be read as parquet after {number:,} rows: {error}") from None
 
     def _warc(self, file: str) -> Iterator[Document]:
-        from warcio.archiveiterator import ArchiveIterator
+        """Pages of other domains are left out before the extraction, which is the slow part."""
+        extract = extractor(self.extract)
+        for page in pages(file, self._bad):
+            if not self._is_wanted(page.url):
+                continue
+            if text := extract(page.html):
+                about = {"url": page.url, "date": page.date}
+                yield Document(text=text, id=page.identity or page.url or file, metadata=about)
+            else:
+                self._bad("no_text")
 
-        extract = _extractor(self.extract)
-        with Path(file).open("rb") as stream:
-            records = iter(ArchiveIterator(stream))
-            while True:
-                try:
-                    record = next(records)
-                    html = record.content_stream().read() if record.rec_type == "response" else None
-                except StopIteration:
-                    return
-                except Exception:  # warcio, zlib and http parsing each raise their own
-                    self._bad("broken_warc")
-                    return
-                if html is None:
-                    continue
-                text = extract(html)
-                if not text:
-                    self._bad("no_text")
-                    continue
-                about = {
-                    "url": record.rec_headers.get_header("WARC-Target-URI"),
-                    "date": record.rec_headers.get_header("WARC-Date"),
-                }
-                yield Document(
-                    text=text,
-                    id=record.rec_headers.get_header("WARC-Record-ID") or about["url"],
-                    metadata=about,
-                )
+    def _code(self, file: str) -> Iterator[Document]:
+        text, why = source_text(file)
+        if text is None:
+            self._bad(why)
+        else:
+            yield Document(text=text, id=file, metadata={"path": file, "language": language_of(file)})
 
-
-def _extractor(kind: str) -> Any:
-    from trafilatura import extract
-
-    options: dict[str, Any] = {"favor_precision": True, "include_comments": False, "deduplicate": True}
-    if kind == "latex":
-        from megatron_smol.curate.formulas import keep_formulas
-
-        return lambda html: extract(keep_formulas(_decoded(html)), **(options | {"favor_precision": False}))
-    return lambda html: extract(_decoded(html), **options)
-
-
-def _decoded(html: bytes) -> str:
-    """By the page's own charset where it says one, else UTF-8 with replacement."""
-    from trafilatura.utils import decode_file
-
-    return str(decode_file(html))
+    def _is_wanted(self, url: object) -> bool:
+        if self.domains is None or domain_of(url) in self.domains:
+            return True
+        self._bad("other_domain")
+        return False
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_smol.curate.kept import FewDropped
 
@@ -31,15 +31,16 @@ class Step(BaseModel):
 
 
 class UrlFilter(Step):
-    """Block lists of adult domains and words in the URL (datatrove's)."""
+    """Block lists of adult domains and words in the URL (datatrove's); documents without one go, with that reason."""
 
     title: ClassVar = "URL"
+    lists: bool = Field(True, description="datatrove's block lists; false: extra_domains alone")
     extra_domains: tuple[str, ...] = ()
 
     def build(self, few: FewDropped) -> Any:
-        from datatrove.pipeline.filters import URLFilter
+        from megatron_smol.curate.filters import UrlAllowed
 
-        return URLFilter(extra_domains=self.extra_domains, exclusion_writer=few)
+        return UrlAllowed(self.lists, self.extra_domains, few)
 
 
 class Language(Step):
@@ -146,20 +147,69 @@ class Match(Step):
 class Score(Step):
     """Keeps documents whose score is `keep` or more: of a classifier (`smol classifier`), or one that the input has.
 
-    FineWeb-Edu and FineMath keep 3 of 5, FineMath-4+ keeps 4, Stack-Edu 3 (Java 2).
+    FineWeb-Edu and FineMath keep 3 of 5, FineMath-4+ keeps 4, Stack-Edu 3 (Java 2), all of the rounded score.
     """
 
     title: ClassVar = "score"
     keep: float = 3.0
+    keep_of: dict[str, float] = Field(
+        default_factory=dict, description="for some values of `by` another `keep`"
+    )
+    rounded: bool = Field(
+        True, description="compare the score rounded to a whole number (int_score on the hub)"
+    )
     model: Path | None = Field(
         None, description="folder of a classifier; absent: the documents' field is taken as it is"
     )
     field: str = "score"
+    by: str | None = Field(
+        None,
+        description="field whose value says which classifier: MODEL/VALUE, such as `language` for Stack-Edu",
+    )
+    without_model: tuple[str, ...] = Field(
+        (), description="values of `by` that are kept unscored (Stack-Edu: HTML)"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Score:
+        uneven = [value for value in (self.keep, *self.keep_of.values()) if self.rounded and value % 1]
+        if uneven:
+            raise ValueError(
+                f"keep {uneven[0]:g} is no whole number, and scores are rounded: set rounded: false"
+            )
+        if (self.keep_of or self.without_model) and self.by is None:
+            raise ValueError("keep_of and without_model go by a field: set `by`, such as by: language")
+        return self
 
     def build(self, few: FewDropped) -> Any:
-        from megatron_smol.curate.filters import ScoreAtLeast
+        from megatron_smol.curate.scoring import ScoreAtLeast
 
-        return ScoreAtLeast(self.keep, self.field, self.model, few)
+        return ScoreAtLeast(self, few)
+
+
+class Sample(Step):
+    """Keeps a share of the documents of each score; the choice hangs on the document and the seed only.
+
+    The small models' web data dropped score 0 of DCLM and down-sampled 1 and 2 (SmolLM2 paper, section 6; the shares
+    are not public).
+    """
+
+    title: ClassVar = "sample"
+    shares: dict[int, float] = Field(description="share that stays, by whole score; scores not named stay")
+    field: str = "score"
+    seed: int = 0
+
+    @field_validator("shares")
+    @classmethod
+    def _are_shares(cls, value: dict[int, float]) -> dict[int, float]:
+        if wrong := [share for share in value.values() if not 0 <= share <= 1]:
+            raise ValueError(f"a share is from 0 to 1, found {wrong[0]:g}")
+        return value
+
+    def build(self, few: FewDropped) -> Any:
+        from megatron_smol.curate.scoring import Sampled
+
+        return Sampled(self, few)
 
 
 class Clean(Step):
@@ -233,6 +283,7 @@ STEPS: dict[str, type[Step]] = {
     "length": Length,
     "match": Match,
     "score": Score,
+    "sample": Sample,
     "clean": Clean,
     "pii": Pii,
     "minhash": MinHash,

@@ -1,8 +1,9 @@
 """What srun starts once per GPU: Slurm's rank variables under torch's names, then `smol train`.
 
 The stop signals are held back from the first line on, until the training's own flag takes them: one that arrives
-during the imports (seconds) waits instead of killing the rank, and so does one that comes while it leaves. A rank that fails says so in a row of its own, because
-srun keeps only the largest exit code, and a rank that was killed while waiting for the culprit has a larger one.
+during the imports (seconds) waits instead of killing the rank; one that comes while it leaves is ignored. A rank that
+fails says so in a row of its own, because srun keeps only the largest exit code, and a rank that was killed while
+waiting for the culprit has a larger one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
         LOCAL_WORLD_SIZE=str(per_node),
     )
     code = _run()
-    signals.hold()  # Python takes its handlers down as it leaves: a second signal then would kill what has been saved
+    signals.ignore()
     if code not in (0, EXIT_RESTART_ME):
         row = {"rank": int(slurm["RANK"]), "host": socket.gethostname(), "code": code}
         append_row(Path(slurm["SMOL_EXITS"]), row)

@@ -28,6 +28,16 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def ignore() -> None:
+    """The stop signals change nothing any more, whichever thread they reach: what there was to save is saved.
+
+    For a process that leaves. Python then takes handlers down and the system's default would kill it, with another
+    exit code; `hold` speaks for one thread only, and those of a process group outlive it.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopFlag:
     """Set by a signal on any rank, or by the file `folder`/stop; `agreed` tells every rank alike.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_smol.curate.classifier import Classifier, Settings, train
+from megatron_smol.curate.classifier import Classifier, Settings, _confusion, _macro_f1, train
 from megatron_smol.errors import UserError
 from tests.tiny import environment, smol
 
@@ -70,6 +70,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "macro-F1" in done.stdout and "keep >= 3.0" in done.stdout
     assert Classifier.load(tmp_path / "made").report["held_out"] == 30
+
+
+def test_a_binary_classifier_gives_probabilities_and_the_scores_that_keep_a_share(tmp_path: Path) -> None:
+    texts, scores = labelled(1000, 0)
+    made = train(texts, [float(score >= 3) for score in scores], Settings(kind="binary"), threshold=1)
+    assert made.report["macro_f1_95"][0] > 0.8 > made.report["macro_f1_by_length_alone"]
+    assert [round(cut["kept"], 2) for cut in made.report["thresholds"]] == [0.01, 0.05, 0.1, 0.2, 0.5]
+    assert len(made.report["confusion"]) == 2 and made.report["documents_per_second"] > 0
+    made.save(tmp_path / "made")
+    found = Classifier.load(tmp_path / "made").scores([" ".join(TEACHING), " ".join(SELLING)])
+    assert 0 <= found[1] < 0.2 and 0.8 < found[0] <= 1
+    with pytest.raises(UserError, match="labels of a binary classifier are 0 and 1"):
+        train(texts, scores, Settings(kind="binary"), threshold=1)
+
+
+def test_macro_f1_is_sklearns() -> None:
+    from sklearn.metrics import f1_score
+
+    chance = np.random.default_rng(0)
+    for kinds in (2, 4, 6):
+        truth, guess = chance.integers(0, kinds, 50), chance.integers(0, kinds - 1, 50)
+        expected = f1_score(truth, guess, average="macro", zero_division=0)
+        assert _macro_f1(_confusion(truth, guess, 5)) == pytest.approx(expected)
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,15 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from megatron_smol.curate import reading
+from megatron_smol.curate.code import ENDINGS
+from megatron_smol.curate.config import Inputs
 from megatron_smol.curate.filters import LanguageOf, WithoutControl
 from megatron_smol.curate.formulas import keep_formulas
 from megatron_smol.curate.kept import FewDropped
 from megatron_smol.curate.parts import ReadPart, WritePart
+from megatron_smol.curate.pipeline import input_files
 from megatron_smol.curate.reading import ReadInputs
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DataError, UserError
 
 PARAGRAPH = "The area of a triangle is half of its base times its height, which can be seen by cutting a rectangle in two along a line from corner to corner. "
 PAGE = "<html><head><title>t</title></head><body><nav>Home About</nav><article><h1>Triangles</h1>{}</article></body></html>"
@@ -63,6 +68,116 @@ def test_a_warc_file_that_breaks_off_gives_what_it_has(tmp_path: Path) -> None:
     path.write_bytes(b"no warc at all\r\n" * 9)
     found, counts = read(path)
     assert found == [] and counts["dropped_broken_warc"] == 1
+
+
+def test_a_file_gives_the_same_whatever_was_read_before(tmp_path: Path) -> None:
+    """trafilatura leaves out paragraphs that the process has seen before."""
+    body = PAGE.format(f"<p>{PARAGRAPH * 3}</p>").encode()
+    path = warc(tmp_path / "a.warc.gz", {f"https://site.org/{i}": body for i in range(5)})
+    first, again = ([document.id for document in read(path)[0]] for _ in range(2))
+    assert first == again and 0 < len(first) < 5
+
+
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
+def test_what_follows_a_broken_record_is_read(tmp_path: Path, name: str) -> None:
+    text = PARAGRAPH * 3
+    whole = warc(
+        tmp_path / name,
+        {f"https://site.org/{i}": PAGE.format(f"<p>{i} {text}</p>").encode() for i in range(9)},
+    )
+    content = bytearray(whole.read_bytes())
+    mark = b"\x1f\x8b\x08" if name.endswith("gz") else b"WARC/1.0\r\n"
+    starts = [match.start() for match in re.finditer(re.escape(mark), content)]
+    assert len(starts) == 9
+    content[starts[4] : starts[4] + 60] = b"\0" * 60
+    whole.write_bytes(content)
+    found, counts = read(whole)
+    assert {d.metadata["url"][-1] for d in found} >= set("0123678"), counts
+    assert counts["dropped_broken_warc"] >= 1
+
+
+def test_encodings_of_pages_and_of_lines(tmp_path: Path) -> None:
+    """A page says its own, or is guessed; a line of JSON is UTF-8 or counted."""
+    says = '<html><head><meta charset="{}"></head><body><article>{}</article></body></html>'
+    bodies = {
+        "latin": says.format("iso-8859-1", f"<p>{PARAGRAPH * 3}</p><p>Schöne Grüße</p>").encode("iso-8859-1"),
+        "japanese": says.format("shift_jis", f"<p>{PARAGRAPH * 3}</p><p>こんにちは世界</p>").encode(
+            "shift_jis"
+        ),
+        "utf16": says.format("utf-16", f"<p>{PARAGRAPH * 3}</p><p>Жизнь</p>").encode("utf-16"),
+        "rubbish": bytes(range(128, 256)) * 20,
+    }
+    found, _ = read(
+        warc(tmp_path / "a.warc.gz", {f"https://site.org/{name}": body for name, body in bodies.items()})
+    )
+    texts = {document.metadata["url"].rsplit("/", 1)[1]: document.text for document in found}
+    assert (
+        "Schöne Grüße" in texts["latin"]
+        and "こんにちは世界" in texts["japanese"]
+        and "Жизнь" in texts["utf16"]
+    )
+    lines = tmp_path / "b.jsonl"
+    lines.write_bytes(
+        b'{"text": "caf\xe9"}\n' + '{"text": "café"}\n'.encode() + '{"text": "é"}\n'.encode("utf-16")
+    )
+    found, counts = read(lines)
+    assert [document.text for document in found] == ["café"] and counts["dropped_not_json"] >= 2
+
+
+def test_a_line_of_100_megabytes_is_counted_and_the_next_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(b'{"text": "one"}\n{"text": "')
+        for _ in range(100):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n{"text": "two"}\n')
+    found, counts = read(path)
+    assert [document.text for document in found] == ["one", "two"] and counts["dropped_line_too_long"] == 1
+
+
+def test_shards_without_bytes_and_parquet_that_is_none(tmp_path: Path) -> None:
+    empty = [
+        tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.warc.gz", "f.py")
+    ]
+    for path in empty:
+        path.write_bytes(b"")
+    assert read(*empty) == ([], {"empty_files": 6})
+    broken = tmp_path / "g.parquet"
+    broken.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(DataError, match=r"g\.parquet cannot be read as parquet"):
+        read(broken)
+
+
+def test_source_files(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.py", b"print(1)\n"),
+        ("b.h", b"int f();\n"),
+        ("c.rs", b"\xff\xfe"),
+        ("d.go", b" \n"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "e.js").write_bytes(b"x" * ((1 << 20) + 1))
+    (tmp_path / "f.json").write_bytes(b"{}")
+    files = input_files(Inputs(paths=(str(tmp_path),), code=True))
+    found, counts = read(*map(Path, files))
+    assert [(d.metadata["language"], d.text) for d in found] == [
+        ("Python", "print(1)\n"),
+        ("C", "int f();\n"),
+    ]
+    assert (counts["dropped_not_utf8"], counts["dropped_empty"], counts["dropped_file_too_long"]) == (1, 1, 1)
+    assert len(ENDINGS) == 15
+
+
+def test_pages_of_other_domains_are_left_out(tmp_path: Path) -> None:
+    body = PAGE.format(f"<p>{PARAGRAPH * 3}</p>").encode()
+    path = warc(tmp_path / "a.warc.gz", {"https://A.org/1": body, "https://b.org/2": body})
+    lines = tmp_path / "b.jsonl"
+    lines.write_text(
+        '{"text": "one", "url": "http://a.org/3"}\n{"text": "two", "metadata": {"url": "http://c.org"}}\n'
+    )
+    step = ReadInputs([str(path), str(lines)], "text", "trafilatura", frozenset({"a.org"}))
+    assert [document.metadata["url"] for document in step.run(None)] == ["https://A.org/1", "http://a.org/3"]
+    assert step.stats.stats["dropped_other_domain"].total == 2
 
 
 @pytest.mark.parametrize(

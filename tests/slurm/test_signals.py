@@ -32,12 +32,13 @@ def test_signals_before_the_handler_wait_for_it() -> None:
 
 
 LATE = """
-import atexit, os, signal
+import atexit, os, signal, threading, time
 from megatron_smol.slurm import rank
 from megatron_smol.train.signals import StopFlag
 
 def train():
     StopFlag().install()
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # as a process group's: it takes signals too
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as Python leaves it behind when it ends
     return 75
 
