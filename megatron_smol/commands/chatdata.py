@@ -14,7 +14,7 @@ _HELP = """Make chat data: let models write conversations or preferences, filter
 Models are OpenAI-compatible endpoints (a vLLM or SGLang server, a paid API) or Hugging Face folders that run here. Writes
 OUTPUT/train.jsonl (and test.jsonl), which `smol sft` reads, or `smol dpo` when the parts are preferences, and
 OUTPUT/card.html: what each step kept and dropped, why, with examples, and what it cost. Every answer is on the disk before
-it is used: given again after a kill, the same command pays for nothing twice.
+it is used: given again after a kill, the same command pays again only for the requests that were in flight.
 
 \b
   smol chatdata examples/curate/smoltalk.yaml

@@ -28,9 +28,14 @@ def write_card(config: Curation, output: Path) -> None:
     about, scores = facts(config, output)
     if scores:
         write_whole(output / "domains.jsonl", table(scores))
-    write_whole(output / "card.json", json.dumps(about, indent=1) + "\n")
+    render(about, output)
+
+
+def render(about: dict[str, Any], output: Path) -> None:
+    """The facts as card.json and as a page."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
+    write_whole(output / "card.json", json.dumps(about, indent=1) + "\n")
     loader = PackageLoader("megatron_smol", "report")
     environment = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
     write_whole(output / "card.html", environment.get_template("curation.html").render(card=about))

@@ -90,7 +90,7 @@ def _step(number: int, entry: Any) -> Step:
     try:
         return STEPS[name].model_validate(parameters or {})
     except ValidationError as error:
-        raise ValueError(f"step {number}, {name}: {_first(error)}") from None
+        raise ValueError(f"step {number}, {name}: {first_problem(error)}") from None
 
 
 def _only_item(number: int, entry: Any) -> tuple[str, Any]:
@@ -101,7 +101,7 @@ def _only_item(number: int, entry: Any) -> tuple[str, Any]:
     return next(iter(entry.items()))
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
@@ -119,4 +119,4 @@ def load_curation(
     try:
         return Curation.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None

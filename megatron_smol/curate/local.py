@@ -24,7 +24,7 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from megatron_smol.data.workers import _exit_with_parent, one_thread_each
+from megatron_smol.data.workers import exit_with_parent, one_thread_each
 from megatron_smol.errors import RunError
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -85,7 +85,7 @@ def _start() -> None:
     """Of a worker: ends with the command, which Ctrl-C is for."""
     one_thread_each()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _run(executor: LocalPipelineExecutor, rank: int) -> None:

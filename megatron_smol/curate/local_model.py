@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smol.errors import CheckpointError, UserError
-from megatron_smol.post.generate import _load
+from megatron_smol.post.generate import load_model
 
 if TYPE_CHECKING:
     from megatron_smol.curate.endpoint import Answer, Request
@@ -24,7 +24,7 @@ class LocalModel:
         if not folder.is_dir():
             raise UserError(f"there is no model folder {folder}; give one, or the `url` of an endpoint")
         self.folder = folder
-        self._model, self._tokenizer = _load(folder)
+        self._model, self._tokenizer = load_model(folder)
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._lock = threading.Lock()
 

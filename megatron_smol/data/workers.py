@@ -71,10 +71,10 @@ def _start(settings: Settings) -> None:
     _settings = settings
     one_thread_each()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """A worker that outlives a killed parent would write beside the workers of the restarted command."""
     parent = multiprocessing.parent_process()
     with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_smol.errors import CheckpointError
-from megatron_smol.post.generate import _load
+from megatron_smol.post.generate import load_model
 from megatron_smol.post.output import RECORD
 from megatron_smol.post.template import TURN_END
 
@@ -49,7 +49,7 @@ class Chat:
     @classmethod
     def open(cls, folder: Path, sampling: Sampling, system: str | None = None) -> Chat:
         """Load a chat model; CheckpointError for what is none."""
-        model, tokenizer = _load(folder)
+        model, tokenizer = load_model(folder)
         if not tokenizer.chat_template:
             raise CheckpointError(
                 f"{folder} has no chat template, so it is a base model: `smol generate` continues text with it, "

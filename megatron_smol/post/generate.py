@@ -25,7 +25,7 @@ def generate_samples(
     """
     import torch
 
-    model, tokenizer = _load(hf_folder)
+    model, tokenizer = load_model(hf_folder)
     samples = []
     for index, prompt in enumerate(prompts):
         ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)[
@@ -50,7 +50,7 @@ def generate_samples(
     return samples
 
 
-def _load(hf_folder: Path) -> tuple[Any, Any]:
+def load_model(hf_folder: Path) -> tuple[Any, Any]:
     import transformers
     from transformers.utils import logging
 

@@ -16,7 +16,7 @@ def test_signal_requeue_finish_and_a_leg_too_many(user: User, whole: TinyRun) ->
     """USR1 saves, the job requeues itself and finishes bit-equal; one more job leaves the finished run alone."""
     job = user.submit(overrides=LONG, PREFLIGHT="1")
     user.until_line(15)
-    user.cluster.run("scancel", "--signal=USR1", job)
+    user.cluster.usr1(job)
     user.until_logged(job, "requeued; the same job goes on")
     assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     assert_nothing_lost(user, whole)
@@ -53,7 +53,7 @@ def test_three_legs_on_two_nodes_of_two_tasks(user: User, whole_on_four: TinyRun
     job = user.submit("--ntasks-per-node=2", overrides=LONG, PREFLIGHT="1")
     for line in (15, 50):
         user.until_line(line)
-        user.cluster.run("scancel", "--signal=USR1", job)
+        user.cluster.usr1(job)
         user.until_logged(job, "requeued; the same job goes on", 1 + (line > 15))
     assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     assert [leg["action"] for leg in user.legs()] == ["restart", "restart", "done"]
@@ -83,7 +83,7 @@ def test_signal_before_the_first_step_twice(user: User, whole: TinyRun, seconds:
     user.until_logged(job, "preflight: training on")
     time.sleep(seconds)
     for _ in range(2):
-        user.cluster.run("scancel", "--signal=USR1", job)
+        user.cluster.usr1(job)
         time.sleep(0.5)
     assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     assert_nothing_lost(user, whole)
@@ -98,7 +98,7 @@ def test_array_as_a_chain(user: User, whole: TinyRun) -> None:
     element = user.legs("start")[0][
         "job"
     ]  # an id of its own; by the array's, scancel tries the waiting ones too
-    user.cluster.run("scancel", "--signal=USR1", element)
+    user.cluster.usr1(element)
     user.until(lambda: not user.cluster.run("squeue", "-h", "-j", job), "end of the chain")
     assert_nothing_lost(user, whole)
     assert [leg["action"] for leg in user.legs()] == ["restart", "done"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -11,9 +10,9 @@ from typing import Any
 
 import orjson
 
+from megatron_smol.curate.card import render
 from megatron_smol.curate.chat.config import ChatData
 from megatron_smol.curate.chat.rows import sample, text_of, turns_of
-from megatron_smol.data.files import write_whole
 
 _SHOWN = 5
 _FIELDS = ("category", "quality", "difficulty", "reward", "margin")
@@ -30,12 +29,7 @@ def write_card(
 ) -> None:
     """card.json and card.html. taken: rows there and rows taken, by part; written: of train and test, by part."""
     about = facts(config, output, parts, common, taken, written, usage)
-    write_whole(output / "card.json", json.dumps(about, indent=1) + "\n")
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
-    loader = PackageLoader("megatron_smol", "report")
-    environment = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
-    write_whole(output / "card.html", environment.get_template("curation.html").render(card=about))
+    render(about, output)
 
 
 def facts(

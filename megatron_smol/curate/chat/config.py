@@ -25,7 +25,7 @@ from megatron_smol.curate.chat.steps import (
     Turns,
 )
 from megatron_smol.curate.chat.texts import Rewrite, Summarize
-from megatron_smol.curate.config import _first
+from megatron_smol.curate.config import first_problem
 from megatron_smol.curate.endpoint import EndpointSettings
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.load import load_yaml
@@ -147,4 +147,4 @@ def load_chat_data(path: Path, overrides: Mapping[str, Any] | None = None) -> Ch
     try:
         return ChatData.model_validate(load_yaml(path) | dict(overrides or {}))
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None
