@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megatron_smol.prepare import prepare_libraries
 from tests.data.conftest import train_tokenizer
@@ -15,6 +16,10 @@ from tests.tiny import TinyRun, write_recipe
 
 prepare_libraries()
 os.environ.setdefault("SMOL_DEVICE", "cpu")
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 

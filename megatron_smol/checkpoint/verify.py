@@ -28,6 +28,8 @@ ROWS_AT_ONCE = 16  # of logits in fp64: a row is the whole vocabulary
 class Limits:
     """What may differ: logits (largest absolute, and RMS relative to the logits' spread), loss in nats.
 
+    The absolute limit is for logits up to LARGE; beyond, fp32's own steps grow with the numbers, and so does the limit.
+
     greedy: whether the most likely token must be the same everywhere, and the continuation with it.
     """
 
@@ -37,6 +39,7 @@ class Limits:
     greedy: bool = False
 
 
+LARGE = 16.0
 # Both sides compute in fp32 with the same weights and differ in the order of additions, if at all. The
 # relative limit is for small logits: nearly untrained, a wrong RoPE base moves them by less than 1e-4.
 SAME_WEIGHTS = Limits(logits=1e-4, relative=2e-5, loss=1e-5, greedy=True)
@@ -50,7 +53,8 @@ ROUNDED_TO_BF16 = Limits(relative=0.05, loss=0.02)
 class Agreement:
     """What was compared and by how much the two differ; losses in nats per token.
 
-    same_top: positions at which both find the same token most likely (or two that rounding cannot tell apart).
+    same_top: positions at which both find the same token most likely (or two that rounding cannot tell apart);
+    largest_logit: by absolute value.
     """
 
     tokens: int
@@ -64,6 +68,7 @@ class Agreement:
     greedy_tokens: int
     prompt_ids: tuple[int, ...] = ()
     greedy_ids: tuple[int, ...] = ()  # as transformers continued
+    largest_logit: float = 0.0
 
     def describe(self) -> str:
         where = f"{self.tokens} tokens in {self.windows} window{'s' if self.windows > 1 else ''}"
@@ -81,8 +86,9 @@ class Agreement:
     def require(self, limits: Limits, what: str) -> None:
         """Raise CheckpointError with the first measure that differs by more than `limits` allow."""
         loss_difference = abs(self.loss_trainer - self.loss_hf)
+        largest = limits.logits * max(1.0, self.largest_logit / LARGE)
         measures = (
-            ("logits", "largest absolute difference", self.largest_difference, limits.logits),
+            ("logits", "largest absolute difference", self.largest_difference, largest),
             ("logits", "RMS difference relative to their spread", self.relative_difference, limits.relative),
             ("loss", "difference in nats per token", loss_difference, limits.loss),
         )
@@ -120,13 +126,14 @@ def compare(
 ) -> Agreement:
     """Run both models over `windows` [1, s] of token ids, then continue the beginning of the first greedily."""
     sums = torch.zeros(5, dtype=torch.float64)
-    largest = 0.0
+    largest = largest_logit = 0.0
     for window in windows:
         hidden = trainer.hidden(window)[0], theirs.hidden(window)[0]  # [s, h] each
         with trainer.head(), theirs.head():
             for rows in torch.arange(window.size(1)).split(ROWS_AT_ONCE):
                 a, b = trainer.logits(hidden[0][rows]).double(), theirs.logits(hidden[1][rows]).double()
                 largest = max(largest, float((a - b).abs().max().nan_to_num(float("inf"))))
+                largest_logit = max(largest_logit, float(b.abs().max()))
                 sums += _row_sums(a, b, window[0, rows[0] + 1 : rows[-1] + 2])
     squares, spread, loss, loss_hf, same_top = sums.tolist()
     predicted = sum(window.size(1) - 1 for window in windows)
@@ -144,6 +151,7 @@ def compare(
         greedy_tokens=len(generated),
         prompt_ids=tuple(prompt[0].tolist()),
         greedy_ids=tuple(generated),
+        largest_logit=largest_logit,
     )
 
 

@@ -28,16 +28,17 @@ def models(draw: st.DrawFn) -> Model:
     """Any shape of the family: odd query groups, one key/value head, tied or not."""
     kv_heads, queries = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     head_dim = 2 * draw(st.integers(2, 8))
+    hidden_size = kv_heads * queries * head_dim
     return Model(
         layers=draw(st.integers(1, 3)),
-        hidden_size=kv_heads * queries * head_dim,
+        hidden_size=hidden_size,
         heads=kv_heads * queries,
         kv_heads=kv_heads,
         ffn_size=draw(st.integers(1, 40)),
         vocab_size=draw(st.integers(600, 700)),
         tied_embeddings=draw(st.booleans()),
         norm_eps=1e-5,
-        init_std=0.2,
+        init_std=min(0.2, 1.5 / hidden_size**0.5),  # logits of a trained model's size, however wide
     )
 
 
