@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_smol.curate.kept import FewDropped
 
@@ -121,22 +121,24 @@ class Length(Step):
         return LengthBetween(self.min_characters, self.max_characters, self.min_tokens, self.tokenizer, few)
 
 
+def _compiles(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"'{value}' is no regular expression: {error}") from None
+    return value
+
+
+Regex = Annotated[str, AfterValidator(_compiles)]
+
+
 class Match(Step):
     """Keeps documents whose text (or a metadata field) matches a regular expression, or drops them."""
 
     title: ClassVar = "match"
-    pattern: str
+    pattern: Regex
     field: str = "text"
     drop: bool = False
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"'{value}' is no regular expression: {error}") from None
-        return value
 
     def build(self, few: FewDropped) -> Any:
         from megatron_smol.curate.filters import Matching

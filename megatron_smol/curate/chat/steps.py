@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from itertools import tee
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron_smol.curate.chat.judge import Asked, asked_score, number_of
 from megatron_smol.curate.chat.rows import Outcome, Row, text_of, turns_of
 from megatron_smol.curate.chat.sampling import Section
 from megatron_smol.curate.chat.tools import NoAnswer, Tools
+from megatron_smol.curate.steps import Regex
 
 
 class Step(Section):
@@ -139,17 +140,8 @@ class Match(Step):
     """Rows whose text has a regular expression are dropped (or, with `keep`, the others are)."""
 
     title: ClassVar = "match"
-    pattern: str
+    pattern: Regex
     keep: bool = False
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"'{value}' is no regular expression: {error}") from None
-        return value
 
     def run(self, rows: Iterator[Row], tools: Tools) -> Iterator[Outcome]:
         pattern = re.compile(self.pattern)
