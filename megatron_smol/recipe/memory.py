@@ -253,7 +253,8 @@ def _workspace_bytes(model: Model, layout: Layout, work: Work, kernels: Kernels,
     """Tensors of the moment: the larger of the backward pass of the output layer and that of a transformer layer.
 
     Output layer: the table's gradient, and the gradient of its input. Transformer layer: the gradient of gate, up and
-    their product, and of one weight; with recomputation also what the layer saves, its output once more and the gradient of that. The logits are gone by then.
+    their product, and of one weight; with recomputation also what the layer saves, its output once more
+    and the gradient of that. The logits are gone by then.
     """
     tokens, width, h, f = layout.tokens(work), _width(work), model.hidden_size, model.ffn_size
     # With sequence parallel, the input of a linear is gathered once more, and the gradient of it is whole at first.
