@@ -36,8 +36,8 @@ test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
 	$(BIN)/python -m bench
 
-faults: install  ## kills, lost nodes, preemption, ... under a real Slurm on this machine (root and Slurm needed)
-	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm
+faults: install  ## kills, lost nodes, preemption, full disks, ...: under a real Slurm (root needed) and without, hours
+	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm tests/train tests/checkpoint tests/data
 	SAVE_KILLS=20 SAVE_HIDDEN=256 $(BIN)/python -m pytest -s tests/checkpoint/test_async_kills.py
 
 laws: install  ## the data's laws on 2,000 random recipes against a plain-Python oracle (long)

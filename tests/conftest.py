@@ -24,6 +24,18 @@ settings.load_profile("patient")
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "faults: takes minutes; run by `make faults`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "faults" in str(config.option.markexpr):
+        return
+    for item in items:
+        if item.get_closest_marker("faults"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make faults"))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources of real Python code and one of its documentation strings, tokenized for a small vocabulary."""

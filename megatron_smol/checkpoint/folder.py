@@ -25,6 +25,7 @@ from megatron_smol.errors import CheckpointError
 STATE, COMPLETE = "state.json", "complete.json"
 WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
 FORMAT = 1
+_NAME = re.compile(r"[^.].*-\d{8}")
 _HASHED_AT_ONCE = 2  # files: hashing one of many does not wait for the disk
 
 
@@ -108,8 +109,9 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _published(folder: Path) -> list[Path]:
+    """All that were renamed into place. One without complete.json lost it later, and is as damaged as one without tensors."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if not p.name.startswith(".") and (p / COMPLETE).is_file()]
+    return [p for p in paths if _NAME.fullmatch(p.name) and p.is_dir()]
 
 
 def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
@@ -223,5 +225,4 @@ def fsync(path: Path) -> None:
 
 
 def _names(folder: Path) -> str:
-    names = [c.path.name for c in list_checkpoints(folder)]
-    return re.sub(r"^$", "none", ", ".join(names))
+    return ", ".join(path.name for path in _published(folder) if (path / COMPLETE).is_file()) or "none"

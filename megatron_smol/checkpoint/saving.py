@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -40,6 +41,7 @@ from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.agree import everywhere, together
 from megatron_smol.errors import CheckpointError
 
+_NOT_A_TENSOR = re.compile(r"WeightsUnpickler error:\s*([^\n.]*)")
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
@@ -236,7 +238,10 @@ def _require_space(folder: Path, needed: int) -> None:
 
 def reason_of(error: BaseException) -> str:
     """One line for a person: torch wraps the cause of a failed rank in a BaseException with a traceback as text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    if refused := _NOT_A_TENSOR.search(text):  # torch's own words advise to load it all the same
+        return f"it holds more than tensors ({refused[1]}), is damaged or hostile, and was not loaded"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 

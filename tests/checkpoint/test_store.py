@@ -172,8 +172,9 @@ def test_never_from_zero_when_all_are_damaged(tmp_path: Path) -> None:
 
 def test_an_unfinished_save_is_never_chosen(tmp_path: Path) -> None:
     assert folder.choose_newest(tmp_path) is None
-    unfinished = make(tmp_path, "one", 0, 2)
-    (unfinished / folder.COMPLETE).unlink()
+    published = make(tmp_path, "one", 0, 2)
+    (published / folder.COMPLETE).unlink()
+    unfinished = published.rename(tmp_path / f"{folder.WRITING}one-00000002-1234abcd")
     assert folder.choose_newest(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"no complete\.json"):
         folder.read_checkpoint(unfinished)

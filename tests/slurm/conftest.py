@@ -34,15 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "slurm: starts a real Slurm on this machine (root, namespaces, slurm-wlm)"
     )
-    config.addinivalue_line("markers", "faults: slow; run by `pytest -m faults tests/slurm`")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "faults" in str(config.option.markexpr):
-        return
-    for item in items:
-        if item.get_closest_marker("faults"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m faults tests/slurm"))
 
 
 @pytest.fixture(scope="session")

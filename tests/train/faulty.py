@@ -6,9 +6,11 @@ The package knows nothing of this: a fault replaces a function of it inside the 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import multiprocessing as mp
 import os
+import random
 import signal
 import time
 import traceback
@@ -26,15 +28,47 @@ from tests.tiny import TinyRun
 class Fault:
     """What `rank` does at a step (counted as in metrics.jsonl); "slow": in every micro-batch of the stage up to it.
 
-    once: not again after a roll-back or a restart.
+    once: not again after a roll-back or a restart. place: one of PLACES; then it is done there instead, when the stage
+    and step before it are these ("" and 0: the first time).
     """
 
-    kind: str  # gradient, scale, loss, kill, die after row, busy, lock, asleep, slow
-    stage: str
-    step: int
+    kind: str  # gradient, scale, loss, activation, garbage, die after row, busy, lock, slow; anywhere: kill, raise, asleep, signal
+    stage: str = ""
+    step: int = 0
     rank: int = 1
     value: float = float("nan")
     once: bool = False
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A function of the package, in which a rank can be hit. anyone: all ranks come there, not only rank 0."""
+
+    module: str
+    owner: str
+    name: str
+    anyone: bool = True
+
+    def rank(self, chance: random.Random) -> int:
+        return chance.randrange(2) if self.anyone else 0
+
+
+PLACES = {
+    "opening the sources": Place("train.run", "", "open_sources"),
+    "making the run folder": Place("train.run", "", "_prepare_folder", anyone=False),
+    "building the model": Place("train.run", "", "Engine"),
+    "looking for a checkpoint": Place("train.trainer", "Trainer", "newest_checkpoint"),
+    "loading": Place("checkpoint.store", "", "load"),
+    "reading a batch": Place("data.loader", "StageLoader", "batch"),
+    "a step": Place("train.trainer", "Trainer", "_step"),
+    "validation": Place("train.validate", "", "source_losses"),
+    "copying for a save": Place("checkpoint.store", "", "begin_save"),
+    "writing a save": Place("checkpoint.saving", "_Writer", "write"),
+    "publishing": Place("checkpoint.folder", "", "publish", anyone=False),
+    "removing old checkpoints": Place("checkpoint.folder", "", "prune", anyone=False),
+    "the end": Place("train.run", "", "_farewell"),
+}
 
 
 def launch(tiny: TinyRun, *overrides: str, ranks: int = 2, faults: tuple[Fault, ...] = ()) -> list[Any]:
@@ -93,8 +127,10 @@ def _train(rank: int, path: str, overrides: Any, faults: Any, folder: Path, erro
 
     try:
         recipe = load_recipe(Path(path), list(overrides))
+        stop = StopFlag(recipe.run_path)
+        stop.install()
         _install([fault for fault in faults if fault.rank == rank], folder)
-        return train(recipe, StopFlag(recipe.run_path))
+        return train(recipe, stop)
     except UserError as found:
         error.write_text(str(found))
         return found.exit_code
@@ -110,13 +146,15 @@ def _install(faults: list[Fault], folder: Path) -> None:
     from megatron_smol.train.trainer import Trainer
 
     here: list[Any] = ["", 0]
+    placed = [fault for fault in faults if fault.place]
+    faults = [fault for fault in faults if not fault.place]
     write_incident = guard_module.write_incident
     take_step, finalize, mean_loss = Trainer._step, step_module.finalize_model_grads, step_module._mean_loss
 
     def noting(self: Trainer, stage: Any, batch: Any) -> None:
         here[:] = [stage.name, self.state.step + 1]
-        if due("kill"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        for fault in due("kill", "signal"):
+            _strike(fault)
         take_step(self, stage, batch)
 
     def due(*kinds: str) -> list[Fault]:
@@ -145,6 +183,37 @@ def _install(faults: list[Fault], folder: Path) -> None:
     Trainer._step = noting  # type: ignore[method-assign]
     step_module.finalize_model_grads = faulty_finalize
     step_module._mean_loss = faulty_loss
+    for fault in placed:
+        _install_at(fault, here, folder)
+
+
+def _install_at(fault: Fault, here: list[Any], folder: Path) -> None:
+    place = PLACES[fault.place]
+    owner: Any = importlib.import_module(f"megatron_smol.{place.module}")
+    if place.owner:
+        owner = getattr(owner, place.owner)
+    original, mark, pending = getattr(owner, place.name), folder / f"hit-{fault.place}", [True]
+
+    def hit(*args: Any, **kwargs: Any) -> Any:
+        if pending and [fault.stage or here[0], fault.step or here[1]] == here:
+            pending.clear()
+            mark.touch()
+            _strike(fault)
+        return original(*args, **kwargs)
+
+    setattr(owner, place.name, hit)
+
+
+def _strike(fault: Fault) -> None:
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "raise":
+        raise RuntimeError(f"planted in {fault.place or 'a step'}")
+    if fault.kind == "signal":
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+    if fault.kind in ("asleep", "signal"):
+        time.sleep(fault.value)
 
 
 def _done(fault: Fault, folder: Path) -> bool:
