@@ -202,6 +202,14 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """With its parents, each of them durable: what is flushed into a folder is lost with a folder that is not."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     with path.open("w") as file:
         json.dump(value, file, indent=1)

@@ -14,11 +14,13 @@ processes: a killed rank leaves nothing behind that goes on writing.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -41,7 +43,13 @@ from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.agree import everywhere, together
 from megatron_smol.errors import CheckpointError
 
+_FELL_SHORT = (
+    "inline_container",
+    *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+)
 _NOT_A_TENSOR = re.compile(r"WeightsUnpickler error:\s*([^\n.]*)")
+# state.json, complete.json, .metadata, metadata.json, common.pt, and the folder.
+FILES_BESIDE_TENSORS = 6
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
@@ -67,6 +75,7 @@ class Saving:
         # As text, now: what it describes goes on changing.
         self._state = json.dumps({"format": on_disk.FORMAT, **state}, indent=1) + "\n"
         self._on_published = on_published
+        self._size_bytes = size_bytes
         self._writing = _make_folder(path, size_bytes)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
         complete, error = None, None
@@ -120,14 +129,25 @@ class Saving:
         try:
             with together("saving"):
                 if error is not None:
-                    reason = _disk_or(reason_of(error))
+                    reason = self._disk_or(reason_of(error))
                     raise CheckpointError(
-                        f"saving {self.path} failed: {reason}; earlier checkpoints are intact"
+                        f"saving {self.path} failed on rank {torch.distributed.get_rank()} ({socket.gethostname()}): "
+                        f"{reason}; earlier checkpoints are intact"
                     ) from error
         except CheckpointError:
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(self._writing, ignore_errors=True)
             raise
+
+    def _disk_or(self, reason: str) -> str:
+        """What a write that fell short needs to be told with; torch's zip writer hides its errno."""
+        if not any(sign in reason for sign in _FELL_SHORT):
+            return reason
+        free = shutil.disk_usage(self.path.parent).free
+        return (
+            f"a file could not be written to its end, the disk is full or limits the size of files ({reason}); "
+            f"{free / 1e6:,.1f} MB are free there, a checkpoint needs up to {self._size_bytes / 1e6:,.1f} MB"
+        )
 
     # --- in threads of their own -------------------------------------------------------------------------------
 
@@ -221,23 +241,31 @@ def _make_folder(path: Path, size_bytes: int) -> Path:
     writing = path.parent / f"{on_disk.WRITING}{path.name}-{attempt[0]}"
     with together(f"preparing to save {path}", only_rank=0) as mine:
         if mine:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _require_space(path.parent, size_bytes)
+            on_disk.make_folder(path.parent)
+            _require_space(path.parent, size_bytes, torch.distributed.get_world_size() + FILES_BESIDE_TENSORS)
             writing.mkdir()
     return writing
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _require_space(folder: Path, needed: int, files: int) -> None:
+    system = os.statvfs(folder)
+    free = system.f_bavail * system.f_frsize
     if free < needed:
         raise CheckpointError(
             f"{folder} has {free / 1e6:,.1f} MB free and a checkpoint needs up to {needed / 1e6:,.1f} MB; "
             "free space there or set run_dir to another disk (earlier checkpoints are intact)"
         )
+    if system.f_files and system.f_favail < files:  # 0: a file system without a fixed number
+        raise CheckpointError(
+            f"{folder} has room for {system.f_favail} more files (inodes) and a checkpoint needs up to {files}; "
+            "remove files there or set run_dir to another disk (earlier checkpoints are intact)"
+        )
 
 
 def reason_of(error: BaseException) -> str:
     """One line for a person: torch wraps the cause of a failed rank in a BaseException with a traceback as text."""
+    if failed := _of_the_system(error):
+        return str(failed)
     text = str(error)
     if refused := _NOT_A_TENSOR.search(text):  # torch's own words advise to load it all the same
         return f"it holds more than tensors ({refused[1]}), is damaged or hostile, and was not loaded"
@@ -245,10 +273,8 @@ def reason_of(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _disk_or(reason: str) -> str:
-    """torch's zip writer hides the errno of a write that fell short."""
-    if "inline_container" in reason:
-        return (
-            f"a file could not be written to its end, the disk is full or limits the size of files ({reason})"
-        )
-    return reason
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """What the system said before torch's zip writer, which cannot go on, said something else."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -74,6 +74,9 @@ class Hook:
     def on_stage_end(self, trainer: Trainer, stage: StagePlan) -> None:
         """The last step of a stage is complete; its checkpoint is written after this."""
 
+    def before_save(self, trainer: Trainer) -> None:
+        """A checkpoint of this moment is taken after this: what a run needs to go on from it must be on the disk."""
+
     def on_saved(self, trainer: Trainer, path: str) -> None:
         """A checkpoint was published."""
 

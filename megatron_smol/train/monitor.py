@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from datetime import timedelta
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_smol.checkpoint.folder import fsync
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
 from megatron_smol.recipe.estimate import flops_per_token
@@ -47,10 +49,16 @@ class JsonLines:
         if torch.distributed.get_rank() == 0:
             cut_back(path, progress)
             self._file = path.open("a", buffering=1)
+            fsync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file:
             self._file.write(json.dumps(row) + "\n")
+
+    def flush_to_disk(self) -> None:
+        """A checkpoint that outlives a power cut has its rows."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
 
 def cut_back(path: Path, progress: tuple[int, int], tail_bytes: int = 1 << 20) -> None:
@@ -76,8 +84,11 @@ def cut_back(path: Path, progress: tuple[int, int], tail_bytes: int = 1 << 20) -
 
 
 def _within(line: bytes, progress: tuple[int, int]) -> bool:
-    """Whether a row lies at or before `progress`; at (0, 0) nothing was kept, so nothing is."""
-    row = json.loads(line)
+    """Whether a row lies at or before `progress`; at (0, 0) nothing was kept, so nothing is. A power cut leaves zeros, too."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
     return progress > (0, 0) and (row["stage_index"], row["step"]) <= progress
 
 
@@ -124,6 +135,9 @@ class Metrics(Hook):
             for key, value in scalars.items():
                 if math.isfinite(value):
                     self._board.add_scalar(f"{done.stage.name}/{key}", value, self._step)
+
+    def before_save(self, trainer: Trainer) -> None:
+        self._rows.flush_to_disk()
 
     def on_saved(self, trainer: Trainer, path: str) -> None:
         self._write_ledger(trainer)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import socket
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -127,14 +130,8 @@ def _prepare_folder(plan: Plan) -> IO[str]:
     """Make the run folder this run's; returns its lock, held as long as the file is open."""
     recipe = plan.recipe
     try:
-        recipe.run_path.mkdir(parents=True, exist_ok=True)
-        lock = (recipe.run_path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another job is training in {recipe.run_path}; wait for it, or set another run_dir"
-            ) from None
+        folder.make_folder(recipe.run_path)
+        lock = _lock(recipe.run_path)
         open_run_folder(recipe)
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
@@ -143,6 +140,23 @@ def _prepare_folder(plan: Plan) -> IO[str]:
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
+    return lock
+
+
+def _lock(run: Path) -> IO[str]:
+    """Held by the system for this process, so that it does not outlive it; its text says who that is."""
+    lock = (run / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"another job is training in {run} ({lock.read().strip()}); wait for it, or set another run_dir"
+        ) from None
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"{f'job {job}, ' if job else ''}process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
     return lock
 
 

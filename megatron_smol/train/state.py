@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_smol.checkpoint.folder import Checkpoint, list_checkpoints
+from megatron_smol.checkpoint.folder import Checkpoint, fsync, list_checkpoints
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.load import dump_recipe, load_recipe
@@ -144,10 +144,12 @@ def _fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: readers see the old one or the new one."""
+    """Replace a small file at once: readers see the old one or the new one, after a power cut too."""
     aside = path.with_name(f".{path.name}.new")
     aside.write_text(text)
+    fsync(aside)
     aside.replace(path)
+    fsync(path.parent)
 
 
 def versions() -> dict[str, str]:

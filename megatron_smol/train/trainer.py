@@ -212,6 +212,8 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint of this moment; it is written beside training, or here (save.asynchronous)."""
         self.finish_saving()
+        for hook in self.hooks:
+            hook.before_save(self)
         self.state.hooks = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
         path = self.checkpoints / folder.checkpoint_name(self.stage.name, self.state.step)
         recipe = self.plan.recipe

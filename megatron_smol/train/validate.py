@@ -41,6 +41,9 @@ class SourceValidation(Hook):
         key = [stage.name, stage.seq_length, stage.rope_base, stage.precision]
         self._last = {"key": key, "losses": losses}
 
+    def before_save(self, trainer: Trainer) -> None:
+        self._file.flush_to_disk()
+
     def state_dict(self) -> dict[str, Any]:
         return self._last
 

@@ -63,7 +63,7 @@ def test_a_failure_in_the_background_reaches_all_ranks_and_spares_what_was_there
     tmp_path: Path, what: str
 ) -> None:
     for message, left, went_on in run_ranks(saving_ranks.failing, 2, str(tmp_path), what):
-        assert "one-00000003 failed" in message and "No space left on device" in message
+        assert "one-00000003 failed on rank 0" in message and "No space left on device" in message
         assert "earlier checkpoints are intact" in message
         assert left == ["one-00000001"] and went_on
     assert folder.choose_newest(tmp_path) is not None

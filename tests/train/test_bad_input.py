@@ -124,9 +124,12 @@ def test_a_run_that_never_saved_does_not_lock_its_folder(tiny: TinyRun) -> None:
 def test_two_jobs_in_one_run_folder(tiny: TinyRun) -> None:
     tiny.run.mkdir()
     with (tiny.run / ".lock").open("w") as held:
+        held.write("job 7, process 9 on node3")
+        held.flush()
         fcntl.flock(held, fcntl.LOCK_EX)
-        fails(tiny, 2, "another job is training in")
-    assert tiny.train().returncode == 0
+        fails(tiny, 2, "another job is training in", "(job 7, process 9 on node3)")
+    assert tiny.train(SLURM_JOB_ID="8").returncode == 0, "what a dead job left is taken over"
+    assert (tiny.run / ".lock").read_text().startswith("job 8, process ")
 
 
 def test_a_damaged_branch_point_is_named(tiny: TinyRun) -> None:

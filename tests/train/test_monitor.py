@@ -33,6 +33,12 @@ def test_a_torn_last_row_goes(tmp_path: Path) -> None:
     assert places(path) == [(0, 1), (0, 2)]
 
 
+def test_zeros_that_a_power_cut_left_go(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", (0, 1), (0, 2), torn="\0" * 50 + '"step": 3}\n' + "\0" * 9)
+    cut_back(path, (0, 9))
+    assert places(path) == [(0, 1), (0, 2)]
+
+
 def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", (0, 0), (0, 1))
     cut_back(path, (0, 0))
