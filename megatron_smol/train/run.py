@@ -5,6 +5,7 @@ The same command starts a run and continues it, on one process, under torchrun o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from megatron_smol.checkpoint.agree import together
 from megatron_smol.data.loader import check_divisible, check_packed
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenizer import load_tokenizer
-from megatron_smol.errors import EXIT_RESTART_ME, DataError, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, CheckpointError, DataError, UserError
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
 from megatron_smol.recipe.plan import Plan, make_plan
@@ -41,6 +42,8 @@ from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 from megatron_smol.train.watchdog import Watchdog
 
+# A restart may find them gone, so they are told and tried again like a save that failed.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 ERROR_CHARACTERS = 160  # of gloo's and NCCL's paragraphs, in the log's one line
 
 
@@ -103,6 +106,11 @@ def _train_watched(
         _farewell(trainer, finished)
     except UserError:
         raise
+    except OSError as error:  # of what a run writes beside checkpoints: tried again like a save that failed
+        where = error.filename or recipe.run_path
+        raise CheckpointError(
+            f"{where} could not be written: {error.strerror}; mend that, then run again"
+        ) from error
     except RuntimeError as error:  # what torch raises when another rank is gone or does not answer
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         watchdog.explain(

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
 STOP_FILE = "stop"
 SAVE_FILE = "save"
 # In place of a signal's number, larger than any of them.
@@ -36,6 +37,15 @@ def ignore() -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def follow_launcher() -> None:
+    """A rank of torchrun is killed when torchrun is: it would train on without it, or wait for others that do not come,
+    while the next start finds the run taken. (srun's ranks are ended by Slurm.)"""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StopFlag:

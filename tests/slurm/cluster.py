@@ -195,6 +195,23 @@ class Cluster:
         """Processes of training ranks on the node."""
         return [pid for pid in self.pids(node) if _is_rank(_command(pid))]
 
+    def running(self, node: int, *words: bytes) -> list[int]:
+        """Processes of the node whose command line has all these words."""
+        return [pid for pid in self.pids(node) if all(word in _command(pid) for word in words)]
+
+    def kill_slurmd(self, node: int) -> None:
+        """Its daemon alone: what runs there runs on."""
+        for pid in self.running(node, b"slurmd\0-D"):
+            os.kill(pid, signal.SIGKILL)
+
+    def reboot(self, node: int) -> None:
+        self.cut_power(node)
+        self.boot(node)
+
+    def left_in_memory(self, node: int) -> list[str]:
+        """Files in the node's /dev/shm."""
+        return [path.name for path in Path(f"/proc/{self._init(node)}/root/dev/shm").iterdir()]
+
     def freeze(self, node: int) -> None:
         self._signal_all(node, signal.SIGSTOP)
 

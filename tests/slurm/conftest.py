@@ -129,6 +129,22 @@ def user(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> Iterator[User]:
     limit = time.monotonic() + 60
     while cluster.run("squeue", "-h") and time.monotonic() < limit:
         time.sleep(0.2)
+    while (left := leftovers(cluster)) and time.monotonic() < limit:
+        time.sleep(0.2)
+    assert not left, "of a job that is over nothing stays on any node"
+
+
+def leftovers(cluster: Cluster) -> dict[int, list[object]]:
+    """Ranks, launchers and files in memory, by node."""
+    found: dict[int, list[object]] = {}
+    for node in range(1, cluster.nodes + 1):
+        processes = [
+            *cluster.tasks(node),
+            *cluster.running(node, b"slurm.leg"),
+            *cluster.running(node, b"srun"),
+        ]
+        found[node] = [*processes, *cluster.left_in_memory(node)]
+    return {node: things for node, things in found.items() if things}
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,31 @@ def struck(
     return made
 
 
+def to_nodes(
+    user: User,
+    whole: TinyRun,
+    place: int,
+    wanted: int,
+    fault: Callable[[int], None],
+    mend: Callable[[int], None],
+) -> list[Trial]:
+    """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
+    hit: list[int] = []
+
+    def strike(job: int) -> None:
+        hit.append(user.cluster.names(job)[place])
+        fault(hit[-1])
+
+    def heal() -> None:
+        mend(hit[-1])
+        user.until(lambda: user.cluster.idle() >= 1, "idle node")
+
+    try:
+        return struck(user, whole, wanted, strike, heal)
+    finally:
+        user.until(lambda: user.cluster.idle() == 3, "boot")
+
+
 def random_moment(user: User, job: int, chance: random.Random) -> bool:
     """Wait, one time in three somewhere in the start of a leg, else within 25 steps; False: the run is over."""
     user.until(lambda: user.is_over(job) or user.ranks(job), "rank")

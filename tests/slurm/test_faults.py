@@ -12,13 +12,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import LONG, User
-from tests.slurm.strikes import Strike, finish, struck
+from tests.slurm.strikes import Strike, finish, struck, to_nodes
 from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun, smol
 
@@ -45,7 +44,7 @@ def test_kill_9_of_a_rank(user: User, whole: TinyRun, table: FaultTable) -> None
 
 @pytest.mark.parametrize("place", [0, 1], ids=["batch host", "other node"])
 def test_power_loss(user: User, whole: TinyRun, table: FaultTable, place: int) -> None:
-    made = _to_nodes(user, whole, place, trials(3), user.cluster.cut_power, user.cluster.boot)
+    made = to_nodes(user, whole, place, trials(3), user.cluster.cut_power, user.cluster.boot)
     what = "the node that runs the batch script" if place == 0 else "another node of the job"
     table.add(f"power loss of {what}", "Slurm requeues: `restart 1, nodes ...`", "equal", made)
 
@@ -53,7 +52,7 @@ def test_power_loss(user: User, whole: TinyRun, table: FaultTable, place: int) -
 @pytest.mark.parametrize("place", [0, 1], ids=["batch host", "other node"])
 def test_frozen_node(user: User, whole: TinyRun, table: FaultTable, place: int) -> None:
     """SIGSTOP of everything on it. Thawed when the run is elsewhere, it must not touch the run."""
-    made = _to_nodes(user, whole, place, trials(2), user.cluster.freeze, user.cluster.thaw)
+    made = to_nodes(user, whole, place, trials(2), user.cluster.freeze, user.cluster.thaw)
     what = "the node that runs the batch script" if place == 0 else "another node of the job"
     table.add(
         f"{what} frozen (SIGSTOP of all its processes)",
@@ -64,33 +63,8 @@ def test_frozen_node(user: User, whole: TinyRun, table: FaultTable, place: int) 
 
 
 def test_network_cut(user: User, whole: TinyRun, table: FaultTable) -> None:
-    made = _to_nodes(user, whole, 1, trials(2), user.cluster.cut_link, user.cluster.mend_link)
+    made = to_nodes(user, whole, 1, trials(2), user.cluster.cut_link, user.cluster.mend_link)
     table.add("network of a node cut", "Slurm requeues: `restart 1, nodes ...`", "equal", made)
-
-
-def _to_nodes(
-    user: User,
-    whole: TinyRun,
-    place: int,
-    wanted: int,
-    fault: Callable[[int], None],
-    mend: Callable[[int], None],
-) -> list[Trial]:
-    """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
-    hit: list[int] = []
-
-    def strike(job: int) -> None:
-        hit.append(user.cluster.names(job)[place])
-        fault(hit[-1])
-
-    def heal() -> None:
-        mend(hit[-1])
-        user.until(lambda: user.cluster.idle() >= 1, "idle node")
-
-    try:
-        return struck(user, whole, wanted, strike, heal)
-    finally:
-        user.until(lambda: user.cluster.idle() == 3, "boot")
 
 
 def test_lost_node_is_replaced_inside_the_job(user: User, whole: TinyRun, table: FaultTable) -> None:

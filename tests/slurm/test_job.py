@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import LAST, LONG, User, assert_nothing_lost
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, rows, write_recipe
+from tests.train.test_run import weights_of
 
 pytestmark = pytest.mark.slurm
 
@@ -57,22 +61,27 @@ def test_three_legs_on_two_nodes_of_two_tasks(user: User, whole_on_four: TinyRun
         user.until_logged(job, "requeued; the same job goes on", 1 + (line > 15))
     assert user.cluster.wait(job)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     assert [leg["action"] for leg in user.legs()] == ["restart", "restart", "done"]
+    log = user.log(job)
+    assert [log.count(f"restart {leg}, nodes") for leg in range(3)] == [1, 1, 1], "one log for all legs"
+    assert log.count("resumed from ") == 2
     assert_nothing_lost(user, whole_on_four)
 
 
 @pytest.mark.faults
-def test_time_limit(user: User) -> None:
-    """--signal before a limit of one minute: three legs or more, each goes on from the save of the one before."""
-    job = user.submit(
-        "--time=1", "--signal=USR1@30", overrides="stages.two.until='4000 steps' save.every='1000 steps'"
-    )
-    user.until_logged(job, "restart 2, nodes")
-    legs = user.legs()
-    assert [leg["code"] for leg in legs[:2]] == [75, 75], legs
-    starts = user.legs("start")
-    assert [tuple(leg["progress"]) for leg in legs[:2]] == [tuple(leg["progress"]) for leg in starts[1:3]]
-    assert starts[1]["progress"] < starts[2]["progress"]
-    user.cluster.run("scancel", job)
+def test_time_limit(user: User, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """--signal before a limit of one minute: three legs or more, each goes on from the save of the one before, and the
+    last ends equal to one run without limits."""
+    overrides = "stages.two.until='2500 steps' save.every='1000 steps'"
+    folder = tmp_path_factory.mktemp("unlimited")
+    unlimited = TinyRun(write_recipe(tiny_data, folder), tiny_data, folder)
+    job = user.submit("--time=1", "--signal=USR1@30", overrides=overrides)
+    assert user.cluster.wait(job, seconds=1800)["JobState"] == "COMPLETED", user.log(job)[-3000:]
+    legs, starts = user.legs(), user.legs("start")
+    assert len(legs) >= 3 and [leg["code"] for leg in legs] == [75] * (len(legs) - 1) + [0], legs
+    assert [leg["progress"] for leg in legs[:-1]] == [leg["progress"] for leg in starts[1:]]
+    assert unlimited.train(*shlex.split(overrides), ranks=2).returncode == 0
+    assert rows(user.run / "metrics.jsonl") == rows(unlimited.run / "metrics.jsonl")
+    assert weights_of(user.run, "long-00002501") == weights_of(unlimited.run, "long-00002501")
 
 
 @pytest.mark.faults
@@ -95,14 +104,15 @@ def test_array_as_a_chain(user: User, whole: TinyRun) -> None:
     """--array=1-5%1: element 2 finishes the run, elements 3 to 5 leave it alone in seconds."""
     job = user.submit("--array=1-5%1", overrides=LONG)
     user.until_line(15)
-    element = user.legs("start")[0][
-        "job"
-    ]  # an id of its own; by the array's, scancel tries the waiting ones too
-    user.cluster.usr1(element)
+    # An id of its own; by the array's, scancel tries the waiting ones too.
+    user.cluster.usr1(user.legs("start")[0]["job"])
     user.until(lambda: not user.cluster.run("squeue", "-h", "-j", job), "end of the chain")
     assert_nothing_lost(user, whole)
     assert [leg["action"] for leg in user.legs()] == ["restart", "done"]
     assert len(list((user.run / "slurm").glob("*.done"))) == 4
+    elements = user.cluster.run("scontrol", "show", "job", job).split("\n\n")
+    took = {re.search(r"ArrayTaskId=(\d)", one)[1]: re.search(r"RunTime=(\S+)", one)[1] for one in elements}  # type: ignore[index]
+    assert all(took[number] < "00:00:15" for number in "345"), took
 
 
 @pytest.mark.faults

@@ -6,6 +6,7 @@ The package knows nothing of this: a fault replaces a function of it inside the 
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import json
 import multiprocessing as mp
@@ -32,7 +33,7 @@ class Fault:
     and step before it are these ("" and 0: the first time).
     """
 
-    kind: str  # gradient, scale, loss, activation, garbage, die after row, busy, lock, slow; anywhere: kill, raise, asleep, signal
+    kind: str  # gradient, scale, loss, activation, garbage, bit, die after row, busy, lock, slow; anywhere: kill, raise, full disk, asleep, signal
     stage: str = ""
     step: int = 0
     rank: int = 1
@@ -67,6 +68,7 @@ PLACES = {
     "writing a save": Place("checkpoint.saving", "_Writer", "write"),
     "publishing": Place("checkpoint.folder", "", "publish", anyone=False),
     "removing old checkpoints": Place("checkpoint.folder", "", "prune", anyone=False),
+    "writing a row": Place("train.monitor", "JsonLines", "write", anyone=False),
     "the end": Place("train.run", "", "_farewell"),
 }
 
@@ -153,9 +155,16 @@ def _install(faults: list[Fault], folder: Path) -> None:
 
     def noting(self: Trainer, stage: Any, batch: Any) -> None:
         here[:] = [stage.name, self.state.step + 1]
-        for fault in due("kill", "signal"):
+        for fault in due("kill", "signal", "raise"):
             _strike(fault)
+        for fault in due("garbage"):
+            _garble(batch, fault.step)
+        if due("bit"):
+            self.engine.gpt.decoder.final_layernorm.weight.detach().view(torch.int32)[5] ^= 1 << 24
+        hooks = [_spoil_activations(self.engine.gpt, fault.value) for fault in due("activation")]
         take_step(self, stage, batch)
+        for hook in hooks:
+            hook.remove()
 
     def due(*kinds: str) -> list[Fault]:
         found = [f for f in faults if f.kind in kinds and [f.stage, f.step] == here and not _done(f, folder)]
@@ -207,6 +216,8 @@ def _install_at(fault: Fault, here: list[Any], folder: Path) -> None:
 def _strike(fault: Fault) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if fault.kind == "raise":
         raise RuntimeError(f"planted in {fault.place or 'a step'}")
     if fault.kind == "signal":
@@ -224,6 +235,17 @@ def _done(fault: Fault, folder: Path) -> bool:
         return True
     mark.touch()
     return False
+
+
+def _garble(batch: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for micro_batch in batch.micro_batches:
+        for ids in (micro_batch.tokens, micro_batch.labels):
+            ids.random_(0, 600, generator=generator)
+
+
+def _spoil_activations(model: Any, value: float) -> Any:
+    return model.decoder.final_layernorm.register_forward_hook(lambda module, given, output: output * value)
 
 
 def _harm(fault: Fault, model: Any) -> None:

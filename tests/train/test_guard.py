@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,11 @@ def trained_rows(tiny: TinyRun) -> list[dict[str, Any]]:
 
 
 def test_what_is_not_finite_is_never_applied(tiny: TinyRun, other: TinyRun) -> None:
-    """At the first step and the last, in gradients and the loss, on either rank: as if the recipe skipped them."""
+    """At the first step and the last, in gradients, the loss and activations, on either rank: as if the recipe skipped them."""
     faults = (
         Fault("gradient", "one", 1, rank=1),
         Fault("loss", "two", 10, rank=0),
+        Fault("activation", "two", 12, rank=1),
         Fault("gradient", "anneal", 6, rank=0, value=math.inf),
         Fault("gradient", "long", 13, rank=1, value=-math.inf),
     )
@@ -59,15 +61,16 @@ def test_what_is_not_finite_is_never_applied(tiny: TinyRun, other: TinyRun) -> N
     assert [(row["stage"], row["step"], row["decision"]) for row in found] == [
         ("one", 1, "skip"),
         ("two", 10, "skip"),
+        ("two", 12, "skip"),
         ("anneal", 6, "skip"),
         ("long", 13, "skip"),
     ]
-    assert [[entry["rank"] for entry in row["gradients"]] for row in found] == [[1], [0], [0], [1]]
+    assert [[entry["rank"] for entry in row["gradients"]] for row in found] == [[1], [0], [1], [0], [1]]
     assert found[0]["gradients"][0]["parameters"] == ["embedding.word_embeddings.weight"]
-    assert [row["value"] for row in found] == ["nan", "nan", "inf", "inf"]
+    assert [row["value"] for row in found] == ["nan", "nan", "nan", "inf", "inf"]
     assert "rank 1" in (tiny.run / "log.txt").read_text()
 
-    skipped = skip_steps(one=[[1, 1]], two=[[10, 10]], anneal=[[6, 6]], long=[[13, 13]])
+    skipped = skip_steps(one=[[1, 1]], two=[[10, 10], [12, 12]], anneal=[[6, 6]], long=[[13, 13]])
     assert run(other, *SHORT, skipped) == [0, 0], errors(other)
     assert not incidents(other)
     assert tensors(tiny, LAST) == tensors(other, LAST), "weights and moments"
@@ -177,6 +180,51 @@ def test_kill_9_after_a_roll_back(tiny: TinyRun, skipping: TinyRun, kill: Fault)
     assert codes[0] == -9 and codes[1] != 0, errors(tiny)
     assert run(tiny, *BACK) == [0, 0], errors(tiny)
     assert_rolled_back(tiny, skipping)
+
+
+def decided(tiny: TinyRun) -> list[dict[str, Any]]:
+    """A busy machine makes stragglers, which are only noted."""
+    return [row for row in incidents(tiny) if row["what"] != "straggler"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("batches", [1, 20])
+def test_garbage_is_seen_at_once_and_what_is_learnt_stays(
+    tiny: TinyRun, other: TinyRun, batches: int
+) -> None:
+    """Random ids in place of text: found in the first step, rolled back, skipped, and the loss ends where it would have."""
+    trained = (
+        *SHORT, "stages.two.until=100 steps", "lr.decay_start=90 steps", "lr.decay_end=100 steps",
+        "stages.long.from.before_end=1 steps", "save.every=10 steps", "guard.history=16", "guard.spike=rollback",
+        "guard.skip_before=0", f"guard.skip_after={batches - 1}",
+    )  # fmt: skip
+    assert run(other, *trained) == [0, 0], errors(other)
+    assert not decided(other), "no false alarm"
+    garbage = [Fault("garbage", "two", 50 + i, rank=rank) for i in range(batches) for rank in range(2)]
+    assert run(tiny, *trained, faults=tuple(garbage)) == [0, 0], errors(tiny)
+    (row,) = decided(tiny)
+    assert (row["step"], row["decision"], row["skip"]) == (50, "rollback", ["two", 50, 49 + batches])
+    assert row["documents"] and row["to"] in ("two-00000040", "two-00000030")
+    skipped = [r["step"] for r in rows(tiny.run / "metrics.jsonl") if not r.get("applied", True)]
+    assert skipped == list(range(50, 50 + batches))
+    final, wanted = (
+        statistics.fmean(
+            r["loss"] for r in rows(one.run / "metrics.jsonl") if r["stage"] == "two" and r["step"] > 90
+        )
+        for one in (tiny, other)
+    )
+    print(f"\n{batches} batches of garbage: loss {final:.4f}, without them {wanted:.4f}")
+    assert final == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.faults
+def test_a_flipped_bit_of_one_copy_stops_the_run_within_the_interval(tiny: TinyRun) -> None:
+    three = ("parallel.distributed_optimizer=false", "guard.replica_check=5", *SHORT)
+    three += ("training.global_batch=12", "stages.long.global_batch=12")
+    assert run(tiny, *three, ranks=3, faults=(Fault("bit", "two", 7, rank=2),)) == [5, 5, 5]
+    (row,) = incidents(tiny)
+    assert (row["what"], row["step"]) == ("copies differ", 10)
+    assert [copy["rank"] for copy in row["copies"]] == [2] and "rank 2 on " in errors(tiny)
 
 
 def test_a_clean_run_has_no_incidents(skipping: TinyRun) -> None:

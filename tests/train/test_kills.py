@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.train.test_run import weights_of
 
 KILLS = int(os.environ.get("KILLS", "20"))
 EVERY = 2  # steps from save to save in the tiny recipe
+WAITED: list[int] = []  # ranks that had to be ended
 RARELY = "save.every=1000 steps"
 
 
@@ -100,7 +102,9 @@ def test_kill_9_at_random_moments(tiny_data: Path, tmp_path: Path, whole: TinyRu
             kills += 1
         assert run(tiny) == [0, 0], errors(tiny)
         assert_equal(tiny, whole)
-    print(f"\n{kills} kills of {victims}, {runs} runs, each equal; steps lost: most {max(lost)}")
+    print(
+        f"\n{kills} kills of {victims}, {runs} runs, each equal; steps lost: most {max(lost)}; {len(WAITED)} ranks ended by the launcher"
+    )
     assert max(lost) <= 2 * EVERY, "the last save was done, or the one before and the last was under way"
 
 
@@ -108,6 +112,9 @@ def killed_leg(tiny: TinyRun, whole: TinyRun, victims: str, chance: random.Rando
     """Start, kill, wait until nothing is left: the steps that the next leg must repeat. None: it had ended before."""
     launcher = tiny.start(ranks=2) if victims == "the launcher" else None
     processes: list[Any] = [launcher] if launcher else launch(tiny)
+    if launcher:
+        wait_until(lambda: len(children(launcher.pid)) == 2, "the ranks")
+        time.sleep(0.5)  # Python starts
     time.sleep(chance.uniform(0, 8 if launcher else 3.5))
     ranks = children(launcher.pid) if launcher else [process.pid for process in processes]
     assert not [child for rank in ranks for child in children(rank)], (
@@ -118,17 +125,32 @@ def killed_leg(tiny: TinyRun, whole: TinyRun, victims: str, chance: random.Rando
         process.kill()
     if launcher:
         launcher.wait()
-        until = time.monotonic() + 60
-        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-            assert time.monotonic() < until, "ranks outlived their launcher"
-            time.sleep(0.05)
+        wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), "end of the ranks")
     else:
-        ended(processes)
+        as_the_launcher_would(processes)
     if None not in over:
         return None
     metrics, published = tiny.run / "metrics.jsonl", list_checkpoints(tiny.run / "checkpoints")
     done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     return max(0, done - (lines_at(whole.run, list(published[-1].progress)) if published else 0))
+
+
+def as_the_launcher_would(processes: list[Any]) -> None:
+    """srun --wait=30: who does not follow the killed one by itself (it waits for it to meet, say) is ended."""
+    until = time.monotonic() + 30
+    for process in processes:
+        process.join(max(until - time.monotonic(), 0))
+        if process.exitcode is None:
+            WAITED.append(process.pid)
+            process.kill()
+            process.join()
+
+
+def wait_until(ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < until, f"no {what} after {seconds} s"
+        time.sleep(0.02)
 
 
 def children(pid: int) -> list[int]:
@@ -174,10 +196,7 @@ EXCEPTIONS = ["building the model", "validation", "writing a save"]
 def test_an_exception_on_one_rank_ends_all(tiny: TinyRun, place: str) -> None:
     """The other rank does not wait for ever, and the first rank's traceback is the cause."""
     processes = launch(tiny, faults=(Fault("raise", rank=1, place=place),))
-    until = time.monotonic() + 120
-    while not (tiny.folder / f"hit-{place}").exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until((tiny.folder / f"hit-{place}").exists, place, 120)
     struck = time.monotonic()
     codes = ended(processes, 60)
     print(f"\nboth ranks gone {time.monotonic() - struck:.1f} s after an exception in '{place}'")
@@ -185,6 +204,16 @@ def test_an_exception_on_one_rank_ends_all(tiny: TinyRun, place: str) -> None:
     assert f"planted in {place}" in (tiny.folder / "error-1.txt").read_text()
     if place == "writing a save":
         assert codes == [4, 4] and "earlier checkpoints are intact" in errors(tiny)
+
+
+def test_a_disk_without_room_for_a_row_is_tried_again(tiny: TinyRun, whole: TinyRun) -> None:
+    """Code 4, as of a save that failed: a restart may find room, and the decision is not left to a person at once."""
+    full = Fault("full disk", "two", 9, rank=0, place="writing a row")
+    codes = run(tiny, faults=(full,))
+    assert codes[0] == 4 and codes[1] not in (0, 2, 3, 5), (codes, errors(tiny))
+    assert "No space left on device" in errors(tiny)
+    assert run(tiny) == [0, 0], errors(tiny)
+    assert_equal(tiny, whole)
 
 
 def test_ranks_that_do_not_divide_the_batch_leave_the_run_alone(tiny: TinyRun) -> None:

@@ -61,6 +61,15 @@ def test_a_rank_that_does_not_come_is_named_with_its_place(tiny: TinyRun) -> Non
     assert rows(tiny.run / "metrics.jsonl")[-1]["step"] == 13, "the same command goes on"
 
 
+@pytest.mark.faults
+def test_a_rank_that_sleeps_in_the_loader_is_named(tiny: TinyRun) -> None:
+    asleep = Fault("asleep", "two", 8, value=1000, place="reading a batch")
+    began = time.monotonic()
+    assert run(tiny, *SHORT, *WATCHED, faults=(asleep,)) == [75, 75]
+    print(f"\nall over {time.monotonic() - began:.0f} s after the start")
+    assert [(entry["rank"], entry["phase"]) for entry in hung(tiny)["ranks"]] == [(1, "loading data")]
+
+
 def test_a_rank_that_holds_the_interpreters_lock_is_named(tiny: TinyRun) -> None:
     """A call into C that never returns and never lets go: not even its own watchdog runs."""
     codes = run(tiny, *SHORT, *WATCHED, faults=(Fault("lock", "two", 8),))
@@ -101,6 +110,28 @@ def test_a_straggler_is_named(tiny: TinyRun) -> None:
     log = (tiny.run / "log.txt").read_text()
     assert "!! rank 1 on" in log
     assert "own part of a step: median rank" in log, "the summary at the end"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("share", "named"), [(0.3, True), (0.05, False), (0.0, False)])
+def test_how_slow_is_slow(tiny: TinyRun, share: float, named: bool) -> None:
+    """Both ranks take 0.2 s a step; one takes 30 % more (named within 20 steps), 5 % more (in the summary), nothing more
+    (200 steps without an alarm)."""
+    steps = 200 if share == 0 else 30
+    shape = (
+        *SHORT,
+        "stages.one.until=2 steps",
+        f"stages.two.until={2 + steps} steps",
+        "save.every=1000 steps",
+    )
+    shape += ("stages.anneal.from.before_end=0 steps", "stages.long.from.before_end=0 steps")
+    slow = [Fault("slow", "two", 1000, rank=rank, value=0.1 * (1 + share * rank)) for rank in range(2)]
+    assert run(tiny, *shape, faults=tuple(slow)) == [0, 0], errors(tiny)
+    found = [(row["rank"], row["step"]) for row in incidents(tiny) if row["stage"] == "two"]
+    assert found == ([(1, 2 + 20)] if named else [])
+    summary = (tiny.run / "log.txt").read_text().splitlines()[-2]
+    print(f"\n{summary}")
+    assert share == 0 or "rank 1 on" in summary
 
 
 SLOW, USUAL = [0.1, 0.1, 0.19, 0.1], [0.1, 0.1, 0.1, 0.1]
