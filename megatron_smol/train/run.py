@@ -18,7 +18,7 @@ from megatron_smol.checkpoint.agree import together
 from megatron_smol.data.loader import check_divisible, check_packed
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenizer import load_tokenizer
-from megatron_smol.errors import EXIT_RESTART_ME, DataError, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, NO_ROOM, DataError, DiskError, UserError
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
 from megatron_smol.recipe.plan import Plan, make_plan
@@ -139,8 +139,9 @@ def _prepare_folder(plan: Plan) -> IO[str]:
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"run_dir {recipe.run_path} cannot be written: {error.strerror}; set run_dir elsewhere"
+        kind = DiskError if error.errno in NO_ROOM else UserError
+        raise kind(
+            f"run_dir {recipe.run_path} cannot be written: {error.strerror}; mend that, or set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
     return lock
