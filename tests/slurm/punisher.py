@@ -121,14 +121,22 @@ class Punisher:
         return True
 
     def _cut_power(self) -> bool:
-        return self._hurt(self.user.cluster.cut_power, self.user.cluster.boot, (5, 40))
+        return self._hurt(self.user.cluster.cut_power, self.user.cluster.boot, self.chance.uniform(5, 40))
 
     def _cut_link(self) -> bool:
-        return self._hurt(self.user.cluster.cut_link, self.user.cluster.mend_link, (3, 60))
+        """For less than Slurm's node timeout, and nothing but the link is mended; or for longer, and the node comes back
+        as a fenced one does, by a reboot. (Just linked again it would meet its own old step daemon, which tells its end
+        for a minute: this cluster requeues after 5 s, real ones after 120.)"""
+        seconds = self.chance.choice([self.chance.uniform(2, 6), self.chance.uniform(20, 60)])
 
-    def _hurt(
-        self, fault: Callable[[int], None], heal: Callable[[int], None], seconds: tuple[float, float]
-    ) -> bool:
+        def fence(node: int) -> None:
+            self.user.cluster.cut_power(node)
+            self.user.cluster.boot(node)
+
+        heal = self.user.cluster.mend_link if seconds < 10 else fence
+        return self._hurt(self.user.cluster.cut_link, heal, seconds)
+
+    def _hurt(self, fault: Callable[[int], None], heal: Callable[[int], None], seconds: float) -> bool:
         nodes = [node for node in self._nodes() if node not in self.hurt]
         if not nodes:
             return False
@@ -140,7 +148,7 @@ class Punisher:
             heal(node)
             self.hurt.discard(node)
 
-        self._in(self.chance.uniform(*seconds), mend)
+        self._in(seconds, mend)
         return True
 
     def _preempt(self) -> bool:
