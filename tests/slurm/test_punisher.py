@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 SECONDS = float(os.environ.get("PUNISH_SECONDS", 180))
 SEED = int(os.environ.get("PUNISH_SEED", 1))
 PACE = 0.25  # seconds a step waits
-STEPS = round(SECONDS * 1.5)  # more than are trained while it is punished
+STEPS = round(SECONDS * 2.5)  # more than are trained while it is punished
 # The learning rate falls to the very end, so that every step moves the weights.
 OVERRIDES = (
     f"stages.two.until='{STEPS} steps' save.every='20 steps' eval.windows_per_source=1 "
