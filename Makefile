@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: install demo demo-real test bench laws parity faults check docs clean help
+.PHONY: install demo demo-real test bench laws parity faults punisher check docs clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,8 +30,9 @@ demo: install  ## the whole recipe in miniature: text in, an evaluated chat mode
 demo-real: install  ## the real SmolLM2-135M: import, ten steps, export, SFT, chat (MODEL=hub name, folder or .gguf)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash examples/demo_real.sh
 
+# Two files at a time: many tests wait for processes that they started. More would starve the ranks on a small machine.
 test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a part)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
 	$(BIN)/python -m bench
@@ -39,6 +40,9 @@ bench: install  ## measured ratios against peers, kept in bench/results/ (about 
 faults: install  ## kills, lost nodes, preemption, full disks, ...: under a real Slurm (root needed) and without, hours
 	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm tests/train tests/checkpoint tests/data
 	SAVE_KILLS=20 SAVE_HIDDEN=256 $(BIN)/python -m pytest -s tests/checkpoint/test_async_kills.py
+
+punisher: install  ## two hours of faults, one every 60 to 120 s, done to one job under a real Slurm
+	PUNISH_SECONDS=7200 PUNISH_RESULT=bench/results/punisher.json $(BIN)/python -m pytest -s -m faults tests/slurm/test_punisher.py
 
 laws: install  ## the data's laws on 2,000 random recipes against a plain-Python oracle (long)
 	LAWS_EXAMPLES=2000 $(BIN)/python -m pytest tests/data/test_laws.py

@@ -27,7 +27,7 @@ from megatron_smol.commands.preprocess import preprocess
 from megatron_smol.commands.rebalance import rebalance
 from megatron_smol.commands.report import report
 from megatron_smol.commands.source import data_app
-from megatron_smol.errors import DataError, UserError, leave, ranks_have_met
+from megatron_smol.errors import NO_ROOM, DataError, DiskError, UserError, leave, ranks_have_met
 from megatron_smol.train import signals
 
 app = typer.Typer(
@@ -81,11 +81,15 @@ def main() -> None:
             time.sleep(_LEFT_TO_THE_FIRST_SECONDS)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno in NO_ROOM:
+            kind: type[UserError] = DiskError
+        elif error.errno in (errno.EACCES, errno.EROFS):
+            kind = DataError
+        else:
             raise
         what = f"{error.strerror}: {error.filename or 'a file'}"
         print(f"error: {what}; mend that, then run again", file=sys.stderr)
-        sys.exit(DataError.exit_code)
+        sys.exit(kind.exit_code)
 
 
 def entry() -> None:

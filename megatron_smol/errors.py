@@ -7,6 +7,7 @@ Raise these for anything a user can cause or mend; `assert` is for our own invar
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,16 @@ class RunError(UserError):
     """Training cannot go on from here, and starting again alone would not help (a loss that is not a number)."""
 
     exit_code = 5
+
+
+# EFBIG: a file-size limit (ulimit -f, a FAT disk); for the user it is the same thing as a full disk.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskError(DataError):
+    """No room on a disk. Unlike other errors it may be gone when the same thing is tried again, so a job tries."""
+
+    exit_code = 6
 
 
 # sysexits.h EX_TEMPFAIL: the run saved itself on a signal; the same command continues it.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as it has cores, before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sysconfig
 from pathlib import Path
 

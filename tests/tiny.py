@@ -97,9 +97,13 @@ class TinyRun:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def train(self, *overrides: str, ranks: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
+    def train(
+        self, *overrides: str, ranks: int = 0, timeout: float = 300, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         command = smol("train", self.recipe, *overrides, ranks=ranks)
-        return subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env=environment(**extra), capture_output=True, text=True, timeout=timeout
+        )
 
     def start(self, *overrides: str, ranks: int) -> subprocess.Popen[str]:
         return subprocess.Popen(

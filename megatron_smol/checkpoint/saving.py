@@ -14,7 +14,6 @@ processes: a killed rank leaves nothing behind that goes on writing.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -41,11 +40,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.agree import everywhere, together
-from megatron_smol.errors import CheckpointError
+from megatron_smol.errors import NO_ROOM, CheckpointError
 
 _FELL_SHORT = (
     "inline_container",
-    *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    *(os.strerror(number) for number in NO_ROOM),
 )
 _NOT_A_TENSOR = re.compile(r"WeightsUnpickler error:\s*([^\n.]*)")
 # state.json, complete.json, .metadata, metadata.json, common.pt, and the folder.

@@ -7,7 +7,6 @@ full disk becomes one sentence with the path and the bytes needed, and the parti
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -15,11 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megatron_smol.errors import DataError
+from megatron_smol.errors import NO_ROOM, DiskError
 
 PARTIAL = ".partial"
-# EFBIG: a file-size limit (ulimit -f, a FAT disk); for the user it is the same thing as a full disk.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 8 << 20
 
 
@@ -32,16 +29,16 @@ def partial_path(path: Path) -> Path:
 def explained_disk_errors(
     path: Path, needed_bytes: int, clean_up: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Turn "no space left" while writing `path` into a DataError that says what is needed."""
+    """Turn "no space left" while writing `path` into a DiskError that says what is needed."""
     try:
         yield
     except OSError as error:
         if clean_up:
             clean_up()  # first: what it removes counts as free again
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         free = shutil.disk_usage(path.parent).free
-        raise DataError(
+        raise DiskError(
             f"no room to write {path} ({os.strerror(error.errno)}): at least {needed_bytes:,} bytes are "
             f"needed, {free:,} are free on that disk; free some space or choose another output, then run "
             f"the same command again"
@@ -52,7 +49,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     """Refuse to start a write that cannot fit."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise DataError(
+        raise DiskError(
             f"no room in {folder}: {needed_bytes:,} bytes are needed, {free:,} are free on that disk; free "
             f"some space or choose another output, then run the same command again"
         )

@@ -9,6 +9,7 @@ environment that sbatch made; settings of its own:
     SPARES=0         nodes of the allocation that are held back; with --no-kill one takes a lost node's place
     PREFLIGHT=1      0: do not look at the nodes first
     FUTILE_LEGS=3    starts in a row without a new checkpoint after which the job stops for good
+    ROOM_SECONDS=600 how long a start waits for room on the run folder's disk, if it is full
     OVERRIDES=""     more a.b=c, in shell quoting
 """
 
@@ -28,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_smol.data.files import write_whole
-from megatron_smol.errors import EXIT_RESTART_ME, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import Plan, make_plan, resolve_sizes
 from megatron_smol.slurm import clients, legs, preflight
@@ -38,6 +39,9 @@ from megatron_smol.train.signals import STOP_FILE
 # One rank that left: the others have so long to leave too (they save together) before they are ended.
 WAIT_SECONDS = 30
 PREFLIGHT_SECONDS = 180
+# Starts that find a full disk would use up FUTILE_LEGS in seconds; the person or the clean-up that helps needs minutes.
+ROOM_SECONDS = 600
+ROOM_POLL_SECONDS = 5
 # What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
 
@@ -120,32 +124,50 @@ class Leg:
         """Preflight, training, decision."""
         before = legs.position(self.plan)
         row = {"job": self.job, "chain": self.chain, "restart": self.restart, "attempt": self.attempt}
-        log = self.run / legs.LEGS
-        legs.append_row(
-            log,
-            {
-                "event": "start",
-                **row,
-                "progress": before.progress,
-                "nodes": self.nodes,
-                "host": os.uname().nodename,
-            },
-        )
+        where = {"nodes": self.nodes, "host": os.uname().nodename}
+        self._record({"event": "start", **row, "progress": before.progress, **where})
         started = time.time()
         code, nodes = EXIT_RESTART_ME, []
         if not self._stop_file():
-            nodes = self._fit_nodes()
-            code = self._train(nodes) if nodes else 1
+            self._wait_for_room()
+            try:
+                nodes = self._fit_nodes()
+                code = self._train(nodes) if nodes else 1
+            except OSError as error:  # the run folder's disk is full, or away: as if a node were
+                self.say(f"this start cannot write in the run folder: {error}")
+                code = DiskError.exit_code
         decision = decide(self._evidence(code))
         after = legs.position(self.plan)
-        legs.append_row(
-            log,
+        self._record(
             {
                 "event": "end", **row, "progress": after.progress, "nodes": nodes, "code": code,
                 "seconds": round(time.time() - started, 1), "action": decision.action, "reason": decision.reason,
             },
         )  # fmt: skip
         return decision
+
+    def _wait_for_room(self) -> None:
+        needed, told = preflight.room_needed(self.plan.recipe), False
+        disk = next(path for path in (self.run.absolute(), *self.run.absolute().parents) if path.exists())
+        until = time.monotonic() + float(os.environ.get("ROOM_SECONDS", ROOM_SECONDS))
+        while not self.signalled and time.monotonic() < until:
+            if (free := shutil.disk_usage(disk).free) >= needed:
+                return
+            if not told:
+                what = (
+                    f"{self.run} has {free / 1e6:,.1f} MB free, two checkpoints need {needed / 1e6:,.1f} MB"
+                )
+                self.say(f"{what}: waits for room, at most {until - time.monotonic():.0f} s")
+                told = True
+            time.sleep(ROOM_POLL_SECONDS)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """A row of legs.jsonl. On a full disk the log has it instead, and the next leg sees from its number that one is
+        missing."""
+        try:
+            legs.append_row(self.run / legs.LEGS, row)
+        except OSError as error:
+            self.say(f"{legs.LEGS} cannot be written ({error.strerror}): {json.dumps(row)}")
 
     def _evidence(self, code: int) -> Evidence:
         stands = legs.position(self.plan)
@@ -157,7 +179,7 @@ class Leg:
             finished=stands.finished,
             stop_file=self._stop_file(),
             cancelled=signal.SIGTERM in self.signalled and self._state() in CANCELLED,
-            futile_legs=legs.futile_legs(rows, self.chain, stands.progress),
+            futile_legs=legs.futile_legs(rows, self.chain, stands.progress, self.job, self.restart),
             allowed_futile_legs=int(os.environ.get("FUTILE_LEGS", FUTILE_LEGS)),
             checkpoint=stands.name,
             step=f"step {last[0]['step']} of '{last[0]['stage']}'" if last else "no step",

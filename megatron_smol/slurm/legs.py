@@ -79,11 +79,17 @@ def _parsed(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
             yield row
 
 
-def futile_legs(rows: list[dict[str, Any]], chain: str, progress: tuple[int, int]) -> int:
-    """How many starts of this chain in a row, up to the last, began at the checkpoint that is still the newest."""
+def futile_legs(
+    rows: list[dict[str, Any]], chain: str, progress: tuple[int, int], job: str, restart: int
+) -> int:
+    """How many starts of this chain in a row, up to this one (number `restart` of `job`), began at the checkpoint that
+    is still the newest. A start whose row could not be written (a full disk) counts with the ones around it."""
     starts = [row for row in rows if row.get("event") == "start" and row.get("chain") == chain]
-    count = 0
+    count, after = 0, restart + 1
     for row in reversed(starts):
+        if row["job"] == job:
+            count += max(0, after - row["restart"] - 1)  # rows that are missing between the two
+            after = row["restart"]
         if tuple(row["progress"]) != progress:
             break
         count += 1

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_smol.data.files import write_whole
 from megatron_smol.data.source import load_source
-from megatron_smol.errors import UserError, leave
+from megatron_smol.errors import DiskError, UserError, leave
 from megatron_smol.recipe import estimate
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.schema import Recipe
@@ -116,12 +116,16 @@ def _look_at_gpus(facts: dict[str, Any], wrong: list[str]) -> None:
             wrong.append(f"GPU {index} has {errors} uncorrected memory errors; reset or replace it")
 
 
-def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> None:
-    """Room for two checkpoints where the run writes, and a little where libraries put their caches."""
+def room_needed(recipe: Recipe) -> int:
+    """Bytes that must be free where the run writes: two checkpoints."""
     precisions = {recipe.training_of(stage).precision for stage in recipe.stages}
-    checkpoint = max(estimate.checkpoint_bytes(recipe.model, precision) for precision in precisions)
+    return 2 * max(estimate.checkpoint_bytes(recipe.model, precision) for precision in precisions)
+
+
+def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> None:
+    """Room where the run writes, and a little where libraries put their caches."""
     places = {
-        recipe.run_path: 2 * checkpoint,
+        recipe.run_path: room_needed(recipe),
         Path(os.environ.get("TMPDIR", "/tmp")): 10**8,
     }
     for folder, needed in places.items():
@@ -186,11 +190,15 @@ def main() -> None:
     mine = os.environ["SLURM_LOCALID"] == "0"
     report = folder / f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}.json"
     seen: dict[str, Any] = look(recipe) if mine else {}
-    if mine:
-        _tell(report, seen)
-    seen["group"], seen["clock"] = sum_over_ranks()
-    if mine:
-        _tell(report, seen)
+    try:
+        if mine:
+            _tell(report, seen)
+        seen["group"], seen["clock"] = sum_over_ranks()
+        if mine:
+            _tell(report, seen)
+    except DiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(error.exit_code)
     leave(0)
 
 

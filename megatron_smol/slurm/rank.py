@@ -12,6 +12,7 @@ from megatron_smol.train import signals
 
 signals.hold()
 
+import contextlib  # noqa: E402
 import os  # noqa: E402
 import socket  # noqa: E402
 import traceback  # noqa: E402
@@ -35,7 +36,8 @@ def main() -> None:
     signals.ignore()
     if code not in (0, EXIT_RESTART_ME):
         row = {"rank": int(slurm["RANK"]), "host": socket.gethostname(), "code": code}
-        append_row(Path(slurm["SMOL_EXITS"]), row)
+        with contextlib.suppress(OSError):  # a full disk: srun's code must do
+            append_row(Path(slurm["SMOL_EXITS"]), row)
     leave(code)
 
 

@@ -22,7 +22,7 @@ from megatron_smol.checkpoint.agree import together
 from megatron_smol.data.loader import check_divisible, check_packed
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenizer import load_tokenizer
-from megatron_smol.errors import EXIT_RESTART_ME, CheckpointError, DataError, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, NO_ROOM, DataError, DiskError, UserError
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
 from megatron_smol.recipe.plan import Plan, make_plan
@@ -42,8 +42,8 @@ from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 from megatron_smol.train.watchdog import Watchdog
 
-# A restart may find them gone, so they are told and tried again like a save that failed.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+# A restart may find them gone, so they are told and tried again, on another node perhaps.
+DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE)
 ERROR_CHARACTERS = 160  # of gloo's and NCCL's paragraphs, in the log's one line
 
 
@@ -144,8 +144,9 @@ def _prepare_folder(plan: Plan) -> IO[str]:
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"run_dir {recipe.run_path} cannot be written: {error.strerror}; set run_dir elsewhere"
+        kind = DiskError if error.errno in NO_ROOM else UserError
+        raise kind(
+            f"run_dir {recipe.run_path} cannot be written: {error.strerror}; mend that, or set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
     return lock

@@ -359,7 +359,7 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_completes(
     command = [sys.executable, "-c", FULL_DISK, str(lines), str(tmp_path / "out"), str(tokenizer_folder), "1"]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert "DataError: no room to write" in failed.stderr and "bytes are needed" in failed.stderr
+    assert "DiskError: no room to write" in failed.stderr and "bytes are needed" in failed.stderr
     assert not list((tmp_path / "out").rglob("*.bin")) and not list((tmp_path / "out").rglob("*.partial"))
     run([lines], tmp_path / "out", tokenizer)
     assert Counter(documents(load_source(tmp_path / "out"), tokenizer)) == Counter(TEXTS)

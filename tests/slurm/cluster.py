@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NETWORK = "10.78.0"
-DISK_BYTES = 32 << 20
+DISK_BYTES = 128 << 20
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol")
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

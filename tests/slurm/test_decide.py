@@ -29,6 +29,8 @@ from megatron_smol.slurm.legs import append_row, futile_legs, last_rows
         # A save that failed: a full disk, or a node that died during it. Tried again, not for ever.
         (Evidence(4), Action.RESTART, 75, "code 4"),
         (Evidence(4, futile_legs=3), Action.STOP, 70, "code 4"),
+        (Evidence(6), Action.RESTART, 75, "code 6"),
+        (Evidence(137, rank_codes=(6, 1)), Action.RESTART, 75, "SIGKILL"),
         (Evidence(5), Action.STOP, 5, "training itself"),
         # One rank said why; those that waited for it were killed, and srun keeps the larger code.
         (Evidence(137, rank_codes=(3, 1, 1)), Action.STOP, 3, "the data"),
@@ -46,22 +48,32 @@ def test_table(seen: Evidence, action: Action, code: int, says: str) -> None:
     assert says in decision.reason
 
 
-def start(progress: tuple[int, int], chain: str = "7") -> dict[str, object]:
-    return {"event": "start", "chain": chain, "progress": list(progress)}
+def start(progress: tuple[int, int], chain: str = "7", restart: int = 0) -> dict[str, object]:
+    return {"event": "start", "chain": chain, "job": chain, "restart": restart, "progress": list(progress)}
 
 
 def test_what_counts_as_progress() -> None:
     rows = [
-        start((0, 0)),
-        start((0, 40)),
+        start((0, 0), restart=0),
+        start((0, 40), restart=1),
         {"event": "end", "chain": "7"},
-        start((0, 40)),
+        start((0, 40), restart=2),
         start((0, 40), chain="8"),
     ]
-    assert futile_legs(rows, "7", (0, 40)) == 2, "another job's starts do not count"
-    assert futile_legs(rows, "7", (0, 60)) == 0, "a new checkpoint was reached"
+    assert futile_legs(rows, "7", (0, 40), "7", 2) == 2, "another job's starts do not count"
+    assert futile_legs(rows, "7", (0, 60), "7", 2) == 0, "a new checkpoint was reached"
     # A damaged checkpoint was put aside and the run went back: the row is broken.
-    assert futile_legs([*rows, start((0, 20))], "7", (0, 20)) == 1
+    assert futile_legs([*rows, start((0, 20), restart=3)], "7", (0, 20), "7", 3) == 1
+
+
+def test_starts_whose_rows_could_not_be_written_count() -> None:
+    """On a full disk no row is written for start after start: this must end too."""
+    rows = [start((0, 0), restart=0), start((0, 40), restart=1)]
+    assert futile_legs(rows, "7", (0, 40), "7", 3) == 3
+    assert futile_legs([*rows, start((0, 40), restart=4)], "7", (0, 40), "7", 4) == 4
+    # A new attempt inside the same start, and the next element of an array, leave no hole.
+    assert futile_legs([*rows, start((0, 40), restart=1)], "7", (0, 40), "7", 1) == 2
+    assert futile_legs([start((0, 40), restart=0)], "7", (0, 40), "8", 0) == 1
 
 
 def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:

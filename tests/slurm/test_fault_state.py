@@ -67,7 +67,7 @@ def test_damaged_checkpoints(user: User, whole: TinyRun, table: FaultTable) -> N
 
 
 def test_full_disk(user: User, whole: TinyRun, table: FaultTable) -> None:
-    """The file system of the run folder fills up between two saves, and has room again after two futile legs."""
+    """The file system of the run folder fills up between two saves; the next leg waits until it has room again."""
     folder, ballast = user.cluster.disk / "run", user.cluster.disk / "ballast"
     overrides = f"{LONG} run_dir={folder}"
     user.run = folder
@@ -77,7 +77,7 @@ def test_full_disk(user: User, whole: TinyRun, table: FaultTable) -> None:
         strike = Strike.now(user, job)
         _fill(ballast, leave_bytes=100_000)
         trial = strike.followed(whole.run)
-        user.until(lambda: len(user.legs()) >= 2, "second leg that cannot save")
+        user.until_logged(job, "waits for room, at most")
         ballast.unlink()
         finish(user, job, whole)
     finally:

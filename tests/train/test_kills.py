@@ -207,10 +207,10 @@ def test_an_exception_on_one_rank_ends_all(tiny: TinyRun, place: str) -> None:
 
 
 def test_a_disk_without_room_for_a_row_is_tried_again(tiny: TinyRun, whole: TinyRun) -> None:
-    """Code 4, as of a save that failed: a restart may find room, and the decision is not left to a person at once."""
+    """Code 6: a restart may find room, and the decision is not left to a person at once."""
     full = Fault("full disk", "two", 9, rank=0, place="writing a row")
     codes = run(tiny, faults=(full,))
-    assert codes[0] == 4 and codes[1] not in (0, 2, 3, 5), (codes, errors(tiny))
+    assert codes[0] == 6 and codes[1] not in (0, 2, 3, 5), (codes, errors(tiny))
     assert "No space left on device" in errors(tiny)
     assert run(tiny) == [0, 0], errors(tiny)
     assert_equal(tiny, whole)
