@@ -106,11 +106,11 @@ def _train_watched(
         _farewell(trainer, finished)
     except UserError:
         raise
-    except OSError as error:  # of what a run writes beside checkpoints: tried again like a save that failed
-        where = error.filename or recipe.run_path
-        raise CheckpointError(
-            f"{where} could not be written: {error.strerror}; mend that, then run again"
-        ) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or recipe.run_path  # of what a run writes beside checkpoints
+        raise DiskError(f"{where}: {error.strerror}; mend that, then run again") from error
     except RuntimeError as error:  # what torch raises when another rank is gone or does not answer
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         watchdog.explain(
