@@ -23,6 +23,7 @@ RECIPE=${RECIPE:-examples/$MODEL.yaml}            # or any other file
 VENV=${VENV:-.venv}
 export OVERRIDES=${OVERRIDES:-}                   # such as "run_dir=/scratch/$USER/smollm2 save.every='1000 steps'"
 export SPARES=${SPARES:-0}                        # with sbatch --nodes=33 --no-kill: one node waits to replace a lost one
+export ALERT=${ALERT:-}                           # a command that hears how each leg ends: 'mail -s "$MESSAGE" you@example.org'
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}      # of 12 cores a rank; the rest feeds the GPU
 # export NCCL_SOCKET_IFNAME=eth0                  # the interface ranks meet on, where NCCL picks a wrong one
 # export NCCL_IB_HCA=mlx5                         # the InfiniBand cards for tensors

@@ -11,6 +11,7 @@ environment that sbatch made; settings of its own:
     FUTILE_LEGS=3    starts in a row without a new checkpoint after which the job stops for good
     ROOM_SECONDS=600 how long a start waits for room on the run folder's disk, if it is full
     OVERRIDES=""     more a.b=c, in shell quoting
+    ALERT=""         a command that is told how each leg ends (alert.py)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_smol.data.files import write_whole
 from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import Plan, make_plan, resolve_sizes
-from megatron_smol.slurm import clients, legs, preflight
+from megatron_smol.slurm import alert, clients, legs, preflight
 from megatron_smol.slurm.decide import FUTILE_LEGS, Action, Decision, Evidence, decide
 from megatron_smol.train.signals import STOP_FILE
 
@@ -111,8 +112,13 @@ class Leg:
         self.say(f"job {self.job}, restart {self.restart}, {where}, from {stands.name}")
         if stands.finished:
             return self._end(decide(Evidence(0, finished=True)), stands)
+        if [row.get("event") for row in legs.last_rows(self.run / legs.LEGS)[-1:]] == ["start"]:
+            self._alert(
+                "lost", "the leg before left no word: its node was lost, or it was killed", stands.name
+            )
         while True:
             decision = self._attempt()
+            self._alert(decision.action, decision.reason, legs.position(self.plan).name)
             if decision.action is not Action.RESTART or not self._again_in_place():
                 return self._end(decision, legs.position(self.plan))
             self.attempt += 1
@@ -184,6 +190,14 @@ class Leg:
             checkpoint=stands.name,
             step=f"step {last[0]['step']} of '{last[0]['stage']}'" if last else "no step",
         )
+
+    def _alert(self, event: str, reason: str, checkpoint: str) -> None:
+        if command := os.environ.get("ALERT"):
+            name = self.plan.recipe.name
+            facts = {"run": name, "folder": str(self.run), "job": self.job, "restart": self.restart}
+            facts |= {"event": event, "reason": reason, "checkpoint": checkpoint}
+            if failed := alert.send(command, f"{name}, job {self.job}: {event}: {reason}", facts):
+                self.say(f"the alert could not be sent: {failed}")
 
     def _stop_file(self) -> str:
         path = self.run / STOP_FILE
@@ -309,6 +323,10 @@ def main() -> None:
         code = Leg.from_environment([*sys.argv[1:], *shlex.split(os.environ.get("OVERRIDES", ""))]).go()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if command := os.environ.get("ALERT"):
+            job = os.environ["SLURM_JOB_ID"]
+            facts = {"job": job, "event": Action.STOP, "reason": str(error)}
+            alert.send(command, f"job {job}: {Action.STOP}: {error}", facts)
         code = error.exit_code
     sys.exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import time
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slurm
 
 def test_signal_requeue_finish_and_a_leg_too_many(user: User, whole: TinyRun) -> None:
     """USR1 saves, the job requeues itself and finishes bit-equal; one more job leaves the finished run alone."""
-    job = user.submit(overrides=LONG, PREFLIGHT="1")
+    job = user.submit(overrides=LONG, PREFLIGHT="1", ALERT=f"cat >> {user.folder}/alerts")
     user.until_line(15)
     user.cluster.usr1(job)
     user.until_logged(job, "requeued; the same job goes on")
@@ -30,6 +31,9 @@ def test_signal_requeue_finish_and_a_leg_too_many(user: User, whole: TinyRun) ->
     log = user.log(job)
     assert "restart 0, nodes" in log and "restart 1, nodes" in log, "one log for both legs"
     assert "preflight: training on node" in log
+    alerts = [json.loads(line) for line in (user.folder / "alerts").read_text().splitlines()]
+    assert [alert["event"] for alert in alerts] == ["restart", "done"]
+    assert f"tiny, job {job}: restart: training asked for a restart" in alerts[0]["message"]
     assert (user.run / f"slurm/{job}.done").is_file()
 
     before = {p: p.stat().st_mtime_ns for p in (user.run / "checkpoints").rglob("*")}

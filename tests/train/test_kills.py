@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,12 +116,12 @@ def killed_leg(tiny: TinyRun, whole: TinyRun, victims: str, chance: random.Rando
     if launcher:
         wait_until(lambda: len(children(launcher.pid)) == 2, "the ranks")
         time.sleep(0.5)  # Python starts
-    time.sleep(chance.uniform(0, 8 if launcher else 3.5))
+    random_moment(tiny, processes, chance)
     ranks = children(launcher.pid) if launcher else [process.pid for process in processes]
     assert not [child for rank in ranks for child in children(rank)], (
         "ranks have no helpers to be left behind"
     )
-    over = [process.poll() if launcher else process.exitcode for process in processes]
+    over = list(map(code, processes))
     for process in processes if victims != "one rank" else [chance.choice(processes)]:
         process.kill()
     if launcher:
@@ -130,9 +131,28 @@ def killed_leg(tiny: TinyRun, whole: TinyRun, victims: str, chance: random.Rando
         as_the_launcher_would(processes)
     if None not in over:
         return None
-    metrics, published = tiny.run / "metrics.jsonl", list_checkpoints(tiny.run / "checkpoints")
-    done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    return max(0, done - (lines_at(whole.run, list(published[-1].progress)) if published else 0))
+    published = list_checkpoints(tiny.run / "checkpoints")
+    return max(0, lines_of(tiny) - (lines_at(whole.run, list(published[-1].progress)) if published else 0))
+
+
+def random_moment(tiny: TinyRun, processes: list[Any], chance: random.Random) -> None:
+    """One time in three somewhere in the start, else within the next six steps."""
+    if chance.random() < 1 / 3:
+        time.sleep(chance.uniform(0, 3))
+        return
+    wanted = lines_of(tiny) + chance.randint(1, 6)
+    wait_until(lambda: lines_of(tiny) >= wanted or None not in map(code, processes), f"line {wanted}", 240)
+    time.sleep(chance.uniform(0, 0.1))
+
+
+def code(process: Any) -> int | None:
+    """Of a rank, or of a launcher; None while it runs."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+
+
+def lines_of(tiny: TinyRun) -> int:
+    metrics = tiny.run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
 def as_the_launcher_would(processes: list[Any]) -> None:
