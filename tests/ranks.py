@@ -115,21 +115,23 @@ def digest(tensor: torch.Tensor) -> str:
     ).hexdigest()
 
 
-def save_and_go_on(path: str, layout: Layout) -> Any:
-    """Train 3 steps, save, train 3 more: the curve after the save."""
+def save_and_go_on(path: str, layout: Layout, last: int = 6) -> Any:
+    """Train 3 steps, save, train on to `last`: the curve after the save."""
     running = engine(layout)
     train(running, layout, 0, 3)
     save(running, path)
-    return train(running, layout, 3, 6)
+    return train(running, layout, 3, last)
 
 
-def load_and_go_on(path: str, layout: Layout, again: str | None = None, precision: str = "fp32") -> Any:
-    """Load, save what was loaded to `again`, train 3 steps: their curve."""
+def load_and_go_on(
+    path: str, layout: Layout, again: str | None = None, precision: str = "fp32", last: int = 6
+) -> Any:
+    """Load, save what was loaded to `again`, train to step `last`: the curve."""
     running = engine(layout, precision)
     store.load(running, folder.read_checkpoint(Path(path)))
     if again is not None:
         save(running, again)
-    return train(running, layout, 3, 6)
+    return train(running, layout, 3, last)
 
 
 def save(running: Engine, path: str) -> None:

@@ -308,6 +308,11 @@ class Guard(Section):
         "seconds",
         gt=0,
     )
+    lr_may_change: bool = field(
+        "a run may go on with another `lr` than it began with, of a stage or of all; what changed is a row of incidents.jsonl "
+        "(everything else that data or weights depend on stays as it was)",
+        False,
+    )
     straggler: Float = field(
         "a rank that needs this many times the median rank's time for its own part of a step is named",
         1.2,

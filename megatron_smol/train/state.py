@@ -18,6 +18,7 @@ from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.load import dump_recipe, load_recipe
 from megatron_smol.recipe.plan import Plan
 from megatron_smol.recipe.schema import Recipe
+from megatron_smol.slurm.legs import append_row
 
 # Settings that may change between legs of a run: none of them moves the data or the weights.
 FREE = ("run_dir", "parallel", "save", "guard", "tail", "eval", "data.over_epochs")
@@ -103,16 +104,35 @@ def open_run_folder(recipe: Recipe) -> None:
     length, and so the order of the data, alone. A run without a checkpoint holds nothing to protect.
     """
     path = recipe.run_path / "recipe.yaml"
-    if path.is_file() and list_checkpoints(recipe.run_path / "checkpoints"):
+    published = list_checkpoints(recipe.run_path / "checkpoints")
+    if path.is_file() and published:
         before, now = _fixed_settings(load_recipe(path)), _fixed_settings(recipe)
-        for key, value in before.items():
-            if now.get(key) != value:
+        changed = [key for key, value in before.items() if now.get(key) != value]
+        changed += [key for key in now if key not in before and _is_lr(key)]
+        for key in changed:
+            if not (_is_lr(key) and recipe.guard.lr_may_change):
+                hint = " (or allow it: guard.lr_may_change=true)" if _is_lr(key) else ""
                 raise UserError(
-                    f"{recipe.run_path} holds a run whose {key} is {value}, this recipe says "
-                    f"{now.get(key)}; set it back to continue that run, or choose another run_dir"
+                    f"{recipe.run_path} holds a run whose {key} is {before.get(key)}, this recipe says "
+                    f"{now.get(key)}; set it back to continue that run{hint}, or choose another run_dir"
                 )
+        if changed:
+            _record_changes(recipe, published[-1], {key: (before.get(key), now.get(key)) for key in changed})
     recipe.run_path.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_recipe(recipe))
+
+
+def _is_lr(key: str) -> bool:
+    return "lr" in key.split(".")
+
+
+def _record_changes(recipe: Recipe, newest: Checkpoint, changed: dict[str, tuple[Any, Any]]) -> None:
+    told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+    reason = f"the learning rate was changed after {newest.path.name}: {told}"
+    print(f"!! {reason}", flush=True)
+    place = {"stage": newest.stage, "stage_index": newest.progress[0], "step": newest.step}
+    what = {"what": "recipe changed", "decision": "note", "lasting": True, "reason": reason}
+    append_row(recipe.run_path / "incidents.jsonl", place | what)
 
 
 def _fixed_settings(recipe: Recipe) -> dict[str, Any]:

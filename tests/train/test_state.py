@@ -1,0 +1,68 @@
+"""A recipe that changed under a run: refused with both values, or, for the learning rate, allowed and written down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_smol.errors import UserError
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.train.state import open_run_folder
+from tests.checkpoint.test_store import make
+from tests.tiny import TinyRun
+
+CHANGES = {
+    "lr.peak=1e-2": ("lr.peak", "0.02", "0.01"),
+    "lr.warmup=2 steps": ("lr.warmup", "3 steps", "2 steps"),
+    "training.seq_length=16": ("training.seq_length", "32", "16"),
+    "stages.long.seq_length=32": ("data.page_length", "64", "32"),
+    "training.global_batch=16": ("training.global_batch", "8", "16"),
+    "model.vocab_size=704": ("model.vocab_size", "640", "704"),
+    "stages.two.mixture={web: 0.6, code: 0.2, maths: 0.2}": ("stages.two.mixture", "0.5", "0.6"),
+    "seed=4": ("seed", "3", "4"),
+    "data.seed=6": ("data.seed", "5", "6"),
+}
+
+
+@pytest.fixture
+def begun(tiny: TinyRun) -> TinyRun:
+    """A run with a checkpoint."""
+    open_run_folder(load_recipe(tiny.recipe))
+    make(tiny.run / "checkpoints", "one", 0, 4)
+    return tiny
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES.items(), ids=[says[0] for says in CHANGES.values()])
+def test_both_values_are_named(begun: TinyRun, change: str, says: tuple[str, ...]) -> None:
+    before = (begun.run / "recipe.yaml").read_text()
+    with pytest.raises(UserError) as refused:
+        open_run_folder(load_recipe(begun.recipe, [change]))
+    for part in (*says, "set it back to continue that run"):
+        assert part in str(refused.value), str(refused.value)
+    assert (begun.run / "recipe.yaml").read_text() == before
+
+
+def test_what_moves_neither_data_nor_weights_may_change(begun: TinyRun) -> None:
+    free = [
+        "parallel.tp=2",
+        "training.micro_batch=1",
+        "save.every=7 steps",
+        "guard.spike=skip",
+        "data.over_epochs=error",
+    ]
+    open_run_folder(load_recipe(begun.recipe, free))
+    assert not (begun.run / "incidents.jsonl").exists()
+
+
+def test_another_learning_rate_is_allowed_where_it_is_asked_for(begun: TinyRun) -> None:
+    lower = ["lr.peak=1e-2", "stages.anneal.lr.end=1e-3", "guard.lr_may_change=true"]
+    open_run_folder(load_recipe(begun.recipe, lower))
+    open_run_folder(load_recipe(begun.recipe, lower))  # the next leg: nothing changed since
+    (row,) = map(json.loads, (begun.run / "incidents.jsonl").read_text().splitlines())
+    assert row["lasting"] and "after one-00000004: " in row["reason"]
+    assert "lr.peak 0.02 -> 0.01" in row["reason"] and "stages.anneal.lr.end" in row["reason"]
+    with pytest.raises(
+        UserError, match=r"seed is 3, this recipe says 4; set it back to continue that run, or"
+    ):
+        open_run_folder(load_recipe(begun.recipe, [*lower, "seed=4"]))
