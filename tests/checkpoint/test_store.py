@@ -85,7 +85,8 @@ def test_another_layout_loads_bit_equal_and_goes_on(
     "before", [Layout(1), Layout(2, {"tp": 2}), PP2, DP2, Layout(3)], ids=["one", "tp2", "pp2", "dp2", "dp3"]
 )
 def test_each_layout_loads_each_other(tmp_path: Path, before: Layout) -> None:
-    """Twenty pairs: all tensors bit-equal, and the loss of ten steps to rounding."""
+    """Twenty pairs: all tensors bit-equal, and the loss of ten steps to rounding (of three ranks, which cannot share this
+    batch evenly, tests/slurm/test_fault_state.py compares it)."""
     path = tmp_path / "one-00000003"
     expected = run_ranks(ranks.save_and_go_on, before.ranks, str(path), before, 13)[0]
     stored, worst = ranks.stored_tensors(path), 0.0
@@ -95,7 +96,8 @@ def test_each_layout_loads_each_other(tmp_path: Path, before: Layout) -> None:
         again = tmp_path / after.name / "one-00000003"
         found = run_ranks(ranks.load_and_go_on, after.ranks, str(path), after, str(again), "fp32", 13)[0]
         assert ranks.stored_tensors(again) == stored
-        for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
+        even = 3 not in (before.ranks, after.ranks)
+        for (loss, _), (expected_loss, _) in zip(found, expected, strict=True) if even else ():
             worst = max(worst, abs(loss / expected_loss - 1))
     print(f"\n{before.name}: loss of ten steps within {worst:.1e}")
     assert worst < 1e-5

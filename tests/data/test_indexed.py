@@ -121,6 +121,15 @@ def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path, end: str, kep
 
 
 @pytest.mark.parametrize("end", [".bin", ".idx"])
+def test_a_longer_file_is_named(tmp_path: Path, end: str) -> None:
+    write(tmp_path / "a", [[list(range(50))]])
+    path = tmp_path / f"a{end}"
+    path.write_bytes(path.read_bytes() + bytes(2))
+    with pytest.raises(DataError, match=f"a\\{end}"):
+        IndexedReader(tmp_path / "a")
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx"])
 def test_a_missing_file_is_named(tmp_path: Path, end: str) -> None:
     write(tmp_path / "a", [[[1]]])
     (tmp_path / f"a{end}").unlink()

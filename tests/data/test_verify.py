@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_what_only_the_deep_check_sees(tmp_path: Path, name: str, at: int, value
     write_source(tmp_path, SHARDS)
     flip(tmp_path / name, at, value)
     assert any(says in problem for problem in problems(tmp_path, deep=True)), problems(tmp_path, deep=True)
+
+
+def test_a_flipped_bit_anywhere_in_the_tokens(tmp_path: Path) -> None:
+    write_source(tmp_path, SHARDS)
+    chance, shards = random.Random(2), sorted(tmp_path.glob("*.bin"))
+    for _ in range(100):
+        shard = chance.choice(shards)
+        data = shard.read_bytes()
+        at = chance.randrange(len(data))
+        flip(shard, at, bytes([data[at] ^ 1 << chance.randrange(8)]))
+        assert any(shard.name in problem for problem in problems(tmp_path, deep=True)), (shard, at)
+        shard.write_bytes(data)
+    assert problems(tmp_path, deep=True) == []
 
 
 def test_a_shard_rewritten_with_other_documents(tmp_path: Path) -> None:

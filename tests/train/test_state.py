@@ -10,7 +10,8 @@ from megatron_smol.errors import UserError
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.train.state import open_run_folder
 from tests.checkpoint.test_store import make
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, rows
+from tests.train.faulty import Fault, errors, run
 
 CHANGES = {
     "lr.peak=1e-2": ("lr.peak", "0.02", "0.01"),
@@ -66,3 +67,13 @@ def test_another_learning_rate_is_allowed_where_it_is_asked_for(begun: TinyRun) 
         UserError, match=r"seed is 3, this recipe says 4; set it back to continue that run, or"
     ):
         open_run_folder(load_recipe(begun.recipe, [*lower, "seed=4"]))
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_another_learning_rate(tiny: TinyRun) -> None:
+    assert run(tiny, faults=(Fault("signal", "one", 5, value=0.0),)) == [75, 75], errors(tiny)
+    assert run(tiny, "lr.peak=1e-2") == [2, 2]
+    assert "guard.lr_may_change=true" in errors(tiny)
+    assert run(tiny, "lr.peak=1e-2", "guard.lr_may_change=true") == [0, 0], errors(tiny)
+    rates = {(row["stage"], row["step"]): row["lr"] for row in rows(tiny.run / "metrics.jsonl")}
+    assert rates["one", 5] == 0.02 and rates["one", 6] == 0.01
