@@ -25,7 +25,7 @@ from megatron_smol.errors import CheckpointError
 STATE, COMPLETE = "state.json", "complete.json"
 WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
 FORMAT = 1
-_NAME = re.compile(r"[^.].*-\d{8}")
+_NAME = re.compile(r"[^.].*-\d{8,}")
 _HASHED_AT_ONCE = 2  # files: hashing one of many does not wait for the disk
 
 

@@ -43,6 +43,7 @@ PREFLIGHT_SECONDS = 180
 # Starts that find a full disk would use up FUTILE_LEGS in seconds; the person or the clean-up that helps needs minutes.
 ROOM_SECONDS = 600
 ROOM_POLL_SECONDS = 5
+STARTED_AGAIN = "started again elsewhere"
 # What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
 
@@ -205,9 +206,11 @@ class Leg:
 
     def _state(self) -> str:
         try:
-            return clients.job(self.job)["JobState"]
+            job = clients.job(self.job)
         except UserError:
             return "UNKNOWN"
+        # Slurm lost sight of this node (its slurmd died, say) and started the job on others: that is not this leg's to end.
+        return job["JobState"] if int(job.get("Restarts", self.restart)) == self.restart else STARTED_AGAIN
 
     def _fit_nodes(self) -> list[str]:
         """As many fit nodes as are needed, or none; who is not fit, and why, is said."""

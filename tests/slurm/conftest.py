@@ -80,7 +80,7 @@ class User:
             "PREFLIGHT": "0",
             "OVERRIDES": overrides,
         }
-        shape = ("--nodes=2", "--ntasks-per-node=1", "--time=10", f"--chdir={self.folder}")
+        shape = ("--nodes=2", "--ntasks-per-node=1", "--time=60", f"--chdir={self.folder}")
         return self.cluster.sbatch(*shape, *arguments, script, **(settings | environment))
 
     def cancel(self, job: int) -> None:
