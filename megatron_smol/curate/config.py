@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from megatron_smol.curate.domains import Domains
+from megatron_smol.curate.section import Section
 from megatron_smol.curate.steps import STEPS, Step
 from megatron_smol.errors import UserError, nearest
 from megatron_smol.recipe.load import load_yaml
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Inputs(Section):
@@ -84,9 +81,7 @@ class Curation(Section):
 def _step(number: int, entry: Any) -> Step:
     name, parameters = (entry, {}) if isinstance(entry, str) else _only_item(number, entry)
     if name not in STEPS:
-        raise ValueError(
-            f"step {number}, '{name}', is not known{nearest(name, STEPS)}; allowed: {', '.join(STEPS)}"
-        )
+        raise ValueError(f"step {number}, '{name}', is not known; {nearest(name, STEPS)}")
     try:
         return STEPS[name].model_validate(parameters or {})
     except ValidationError as error:
