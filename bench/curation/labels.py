@@ -18,10 +18,11 @@ import numpy as np
 
 from bench.common import say
 from bench.curation.place import Place, rows_of, write_rows
+from megatron_smol.errors import RunError
 
 CHARACTERS = 2500  # of a document, that the rule, the language model and the classifiers are shown
 PROSE, CODE = 1800, 900  # documents of a set of labels
-ANNOTATED = 300
+ANNOTATED, FREE = 300, 10
 _ALIKE = 36  # documents of one source and of like length that are ranked together
 _WORD = re.compile(r"[A-Za-z']+")
 _EXPLAINING = frozenset(
@@ -89,24 +90,41 @@ def by_rule(place: Place) -> dict[str, Any]:
 
 
 def by_model(place: Place) -> dict[str, Any]:
-    """`smol annotate` by SmolLM2-135M-Instruct, of documents that the rule scored too."""
+    """`smol annotate` by SmolLM2-135M-Instruct, of documents that the rule scored too: put in the answer's mouth, and free."""
     chosen = list(rows_of(place.labels / "edu.jsonl"))[:ANNOTATED]
+    alone, said = _asked(place, chosen, "edu-by-model", "--no-reasons", "--begin", "Score:")
+    facts: dict[str, Any] = {"asked": len(chosen), "scored": len(alone), "said": said}
+    if alone:
+        rule = {row["id"]: row["score"] for row in chosen}
+        pairs = np.array([(rule[row["id"]], row["score"]) for row in alone])
+        facts["scores"] = {str(k): int(n) for k, n in sorted(Counter(pairs[:, 1].tolist()).items())}
+        facts |= agreement(pairs[:, 0], pairs[:, 1])
+    for name in ("reasons", "no-reasons"):
+        scored, said = _asked(place, chosen[:FREE], f"edu-by-model-{name}", f"--{name}")
+        facts[name] = {"asked": FREE, "scored": len(scored), "said": said}
+    return facts
+
+
+def _asked(
+    place: Place, rows: list[dict[str, Any]], name: str, *more: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows that got a score, and what the command said."""
     given = write_rows(
-        place.labels / "to-annotate.jsonl", [{"text": r["text"], "id": r["id"]} for r in chosen]
+        place.labels / f"{name}-asked.jsonl", [{"text": r["text"], "id": r["id"]} for r in rows]
     )
-    output = place.labels / "edu-by-model.jsonl"
-    asked = ("--endpoint", place.endpoint, "--model", "SmolLM2-135M-Instruct") if place.endpoint else ("--model", place.smollm2)  # fmt: skip
-    say(f"asking SmolLM2-135M-Instruct about {len(chosen)} documents")
-    said, seconds = place.smol(
-        "annotate", given, "--output", output, "--scale", "edu", "--count", len(chosen), "--concurrency", 2,
-        "--timeout", 600, *asked,
-    )  # fmt: skip
-    rule = {row["id"]: row["score"] for row in chosen}
-    pairs = np.array([(rule[row["id"]], row["score"]) for row in rows_of(output)])
-    return {
-        "asked": len(chosen), "scored": len(pairs), "seconds": seconds, "said": said.strip().splitlines()[-4:],
-        "scores": {str(k): int(n) for k, n in sorted(Counter(pairs[:, 1].tolist()).items())},
-    } | agreement(pairs[:, 0], pairs[:, 1])  # fmt: skip
+    output = place.labels / f"{name}.jsonl"
+    model = ("--endpoint", place.endpoint, "--model", "SmolLM2-135M-Instruct") if place.endpoint else ("--model", place.smollm2)  # fmt: skip
+    say(f"asking SmolLM2-135M-Instruct about {len(rows)} documents {' '.join(more)}")
+    try:
+        said, _ = place.smol(
+            "annotate", given, "--output", output, "--scale", "edu", "--count", len(rows), "--concurrency", 2,
+            "--timeout", 600, "--characters", 1200, *model, *more,
+        )  # fmt: skip
+    except RunError as error:
+        if "not one document got a score" not in str(error):
+            raise
+        return [], str(error).splitlines()[-1:]
+    return list(rows_of(output)), said.strip().splitlines()[:4]
 
 
 def agreement(one: Any, other: Any) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from megatron_smol.recipe.load import load_yaml
 
 EXAMPLES = ROOT / "examples" / "curate"
 TASKS = 16
-# In an order in which each finds what it reads. Paths below the bench's folder.
+# In an order in which each finds what it reads. Paths below the bench's folder; `inputs/` are pages, `text/` their text.
 READS = {
     "fineweb-edu": "inputs/web",
-    "dclm-mix": "inputs/web",
+    "dclm-mix": "text/web/documents",
     "dclm-edu": "out/dclm-mix/documents",
-    "finemath-pages": "inputs/maths",
+    "finemath-pages": "text/maths/documents",
     "finemath": "inputs/maths",
     "finemath-4plus": "out/finemath/documents",
     "infi-webmath": "inputs/infi",

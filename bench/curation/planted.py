@@ -27,6 +27,13 @@ SIMILARITIES = (0.6, 0.7, 0.8, 0.9, 0.95)
 PAIRS, NGRAM = 1000, 5
 LEAKS, KILLS = 100, 10
 _ITEM_WORDS = 40
+_KILLED = (
+    "golang-1.19-src",
+    "phpunit",
+    "python3-django",
+    "python3-sympy",
+    "rust-src",
+)  # packages whose code is read
 
 
 def duplicates(place: Place) -> dict[str, Any]:
@@ -130,7 +137,9 @@ def kills(place: Place) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = folder / "stack-edu.yaml"
-    config.write_text(yaml.safe_dump(settings_of(place, "stack-edu") | {"output": str(folder / "whole")}))
+    settings = settings_of(place, "stack-edu") | {"output": str(folder / "whole")}
+    settings["inputs"]["paths"] = [str(place.inputs / "code" / package) for package in _KILLED]
+    config.write_text(yaml.safe_dump(settings))
     _, seconds = place.smol("curate", config)
     chance, output, struck = random.Random(3), folder / "killed", []
     command = place.command("curate", config, "--output", output)

@@ -86,6 +86,8 @@ def _training(found: dict[str, Any]) -> list[str]:
 
 
 def _heads(found: dict[str, Any]) -> list[str]:
+    if "left_out" in found:
+        return [f"Left out: {found['left_out']}."]
     lines = [
         "| head | documents | macro-F1 (95 %) | by length alone | above length (95 %) | documents/s |",
         "|---|---|---|---|---|---|",
@@ -102,6 +104,15 @@ def _heads(found: dict[str, Any]) -> list[str]:
 
 
 def _annotated(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Left to itself: {free['scored']} of {free['asked']} answers {what} had one ({'; '.join(free['said'])})."
+        for what, free in (("with reasons", found["reasons"]), ("without reasons", found["no-reasons"]))
+    ]
+    if "scores" not in found:
+        return [
+            f'{found["asked"]:,} documents whose answer was made to begin with "Score:": none went on with one.',
+            *lines,
+        ]
     given = ", ".join(f"{score}: {count}" for score, count in found["scores"].items())
     rank = (
         "none"
@@ -109,8 +120,8 @@ def _annotated(found: dict[str, Any]) -> list[str]:
         else f"{found['rank_correlation']:.2f} (p {found['p']:.2g})"
     )
     return [
-        f"{found['asked']:,} documents asked, {found['scored']:,} with a score ({given}). With the rule: equal {found['equal']:.1%} "
-        f"(by chance {found['equal_by_chance']:.1%}), kappa {found['kappa']:.3f}, rank correlation {rank}."
+        f"{found['asked']:,} documents whose answer was made to begin with 'Score:', {found['scored']:,} scores ({given}). With the rule: equal {found['equal']:.1%} "
+        f"(by chance {found['equal_by_chance']:.1%}), kappa {found['kappa']:.3f}, rank correlation {rank}.", *lines,
     ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Cou
             if (found := samples_of(layout.samples(number), _SHOWN))
         },
         "kept": samples_of(layout.work / "samples" / "kept", _SHOWN),
-        "shares": {name: counts.most_common(_MOST_SHARES) for name, counts in shares.items() if counts},
+        "shares": {name: _share(name, counts) for name, counts in shares.items() if counts},
         "curves": [
             {
                 "ngram": s.ngram,
@@ -99,6 +99,16 @@ def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Cou
         "epochs": read.of(round((ratio or 0) * written)) if read else None,
     }
     return about, domain_scores
+
+
+def _share(name: str, counts: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent; lengths in their order, by the powers of two that they lie between."""
+    if name != "length":
+        return counts.most_common(_MOST_SHARES)
+    return [
+        (f"{1 << int(bits):,} to {(2 << int(bits)) - 1:,} characters", counts[bits])
+        for bits in sorted(counts, key=int)
+    ]
 
 
 def _notes(title: str, alone: bool, counts: dict[str, int]) -> Iterator[str]:

@@ -3,7 +3,8 @@
 FineWeb-Edu's way (`scale`): text features, frozen, and one regression output on the 0-5 scale of the annotations; the
 score is rounded for the F1 figures and compared with a threshold. DCLM's way (`binary`): documents like wanted ones (1:
 instructions and their answers) against any others (0: the web), one logistic output, the top tenth is kept (Li et al.
-2024). Features are a frozen Hugging Face encoder's (FineWeb-Edu, FineMath and Stack-Edu used such; encoder.py) or, without a model, hashed words and word pairs, as fastText's, which need nothing but a processor.
+2024). Features are a frozen Hugging Face encoder's (FineWeb-Edu, FineMath and Stack-Edu used such; encoder.py) or, without
+a model, hashed words, marks and their pairs, much as fastText's, which need nothing but a processor.
 What it learned is a vector: it is stored as numpy arrays and JSON, no pickle.
 """
 
@@ -26,6 +27,8 @@ from megatron_smol.data.files import write_whole
 from megatron_smol.errors import UserError
 
 _FEATURES = 1 << 18
+# Words, marks, and the beginnings of lines: comments and nesting are what tells good source code, marks good prose.
+_TOKEN = r"\n[ \t]*|\w+|[^\w\s]"
 _CHARACTERS = 20_000  # of a document that are looked at
 _HELD_OUT = 0.1
 
@@ -49,13 +52,23 @@ class Features:
     def __call__(self, texts: Sequence[str]) -> Any:
         """[texts, features], sparse or dense."""
         shown = [text[:_CHARACTERS] for text in texts]
-        return self._hashed.transform(shown) if self.settings.encoder is None else self.encoder(shown)
+        return self._hashed_rows(shown) if self.settings.encoder is None else self.encoder(shown)
+
+    def _hashed_rows(self, texts: list[str]) -> Any:
+        """Log counts brought to one length, so that neither a long text nor a word that it repeats weighs more."""
+        from sklearn.preprocessing import normalize
+
+        rows = self._hashed.transform(texts)
+        rows.data = 1 + np.log(rows.data)
+        return normalize(rows, copy=False)
 
     @cached_property
     def _hashed(self) -> Any:
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        return HashingVectorizer(n_features=_FEATURES, ngram_range=(1, 2), alternate_sign=False)
+        return HashingVectorizer(
+            n_features=_FEATURES, ngram_range=(1, 2), alternate_sign=False, token_pattern=_TOKEN, norm=None
+        )
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ CONTAMINATION = "contamination"  # metadata of a dropped document: which item, w
 def excerpt(document: Document) -> dict[str, Any]:
     reason = document.metadata.get("filter_reason")
     shown = {
-        "id": str(document.id),
+        "id": str(document.metadata.get("url") or document.id),
         "text": document.text[:SHOWN_CHARACTERS],
         "characters": len(document.text),
     }
@@ -111,9 +112,10 @@ def shares_of(folder: Path) -> tuple[dict[str, Counter[str]], dict[str, Counter[
 
 
 def samples_of(folder: Path, most: int = FEW) -> list[dict[str, Any]]:
-    """The first few of all ranks."""
+    """A few, of as many ranks as there are: the documents of one are often of one site."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [sample for samples in found for sample in samples][:most]
+    turns = zip_longest(*found)
+    return [sample for turn in turns for sample in turn if sample is not None][:most]
 
 
 def hits_of(samples: Path) -> list[dict[str, Any]]:
