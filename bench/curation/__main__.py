@@ -49,10 +49,11 @@ def main() -> int:
     )
     parser.add_argument("--benchmarks", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--endpoint", help="of SmolLM2-135M-Instruct, as http://localhost:8000/v1 (faster than this machine's own)")  # fmt: skip
+    parser.add_argument("--share", type=float, default=1.0, help="of everything, such as 0.02, to try the command; its figures stay in its folder")  # fmt: skip
     given = parser.parse_args()
     if unknown := [name for name in given.steps if name not in STEPS]:
         parser.error(f"no step '{unknown[0]}'; allowed: {', '.join(STEPS)}")
-    place = Place(given.folder.resolve(), given.packages, given.benchmarks, given.endpoint)
+    place = Place(given.folder.resolve(), given.packages, given.benchmarks, given.endpoint, given.share)
     try:
         for number, (name, step) in enumerate(STEPS.items(), 1):
             if given.steps and name not in given.steps:

@@ -19,16 +19,19 @@ _SHORT = {"max_tokens": 160}
 def smoltalk(place: Place) -> dict[str, Any]:
     """The generated parts of smoltalk.yaml with a small model's numbers of rows; then SFT on them, once."""
     folder = place.folder / "chat"
-    texts = [{"text": row["text"][:1200]} for row in rows_of(place.labels / "edu.jsonl")][: ROWS["summarize"]]
+    asked = {part: place.part(count, 2) for part, count in ROWS.items()}
+    texts = [{"text": row["text"][:1200]} for row in rows_of(place.labels / "edu.jsonl")][
+        : asked["summarize"]
+    ]
     write_rows(folder / "texts.jsonl", texts)
     with _endpoint(place) as url:
         settings = {
             "name": "smoltalk", "output": str(folder / "out"), "test_share": 0.1,
             "models": {"smollm2": {"url": url, "model": "SmolLM2-135M-Instruct", "concurrency": 2, "timeout_seconds": 600}},
             "parts": [
-                {"name": "magpie", "magpie": {"model": "smollm2", "rows": ROWS["magpie"], "turns": 2, "sampling": _SHORT}},
-                {"name": "constraints", "constraints": {"model": "smollm2", "rows": ROWS["constraints"], "most": 1, "sampling": _SHORT}},
-                {"name": "rewrite", "rewrite": {"model": "smollm2", "write": ROWS["rewrite"], "writing": _SHORT, "sampling": _SHORT}},
+                {"name": "magpie", "magpie": {"model": "smollm2", "rows": asked["magpie"], "turns": 2, "sampling": _SHORT}},
+                {"name": "constraints", "constraints": {"model": "smollm2", "rows": asked["constraints"], "most": 1, "sampling": _SHORT}},
+                {"name": "rewrite", "rewrite": {"model": "smollm2", "write": asked["rewrite"], "writing": _SHORT, "sampling": _SHORT}},
                 {"name": "summarize", "summarize": {"model": "smollm2", "inputs": str(folder / "texts.jsonl"), "sampling": _SHORT}},
             ],
             "steps": ["exact", {"decontaminate": {"files": [str(place.inputs / "leaks.jsonl")], "fields": ["question"], "ngram": 10}}],
@@ -44,7 +47,7 @@ def smoltalk(place: Place) -> dict[str, Any]:
         "sft", place.smollm2, "epochs=1", "global_batch=8", "micro_batch=1", "seq_length=256", "packing=false",
         "--data", folder / "out" / "train.jsonl", "--output", folder / "sft", "--overwrite",
     )  # fmt: skip
-    return {"asked": ROWS, "rows": len(rows), "seconds": seconds, "models": card.get("models")}
+    return {"asked": asked, "rows": len(rows), "seconds": seconds, "models": card.get("models")}
 
 
 @contextmanager

@@ -31,7 +31,9 @@ def train(place: Place) -> dict[str, Any]:
 
 def encoders(place: Place) -> dict[str, Any]:
     """The same documents, labels and parts for each kind of features."""
-    few = write_rows(place.labels / "edu-few.jsonl", list(rows_of(place.labels / "edu.jsonl"))[:_ENCODED])
+    few = write_rows(
+        place.labels / "edu-few.jsonl", list(rows_of(place.labels / "edu.jsonl"))[: place.part(_ENCODED, 60)]
+    )
     folder = place.models / "encoders"
     return {
         "hashed words": _head(place, few, folder / "hashed"),

@@ -24,6 +24,7 @@ _FILE_BYTES = 8_000_000  # of pages a WARC file, so that tasks have some each
 _PAGE_BYTES = 1_500_000  # longer pages are indices
 # Bytes of a package's pages: not more, so that no package is most of the input. Those of debian-handbook are of many languages.
 _MOST = {"debian-handbook": 5_000_000, "python3.11-doc": 12_000_000, "sagemath-doc": 40_000_000}
+_PACKAGE_BYTES = 60_000_000  # of any other package's
 _CODE_BYTES = 6_000_000  # of a package's files of one language
 
 
@@ -78,10 +79,12 @@ def _shuffled(files: list[Path]) -> list[Path]:
 
 def _pages(place: Place, package: str) -> Iterator[tuple[str, bytes]]:
     """(path, HTML); the same ones every time."""
-    root, left = place.unpacked / package, _MOST.get(package, 1 << 40)
+    root, left = place.unpacked / package, place.part(_MOST.get(package, _PACKAGE_BYTES))
     for file in _shuffled([f for f in root.rglob("*.html*") if f.is_file() and not f.is_symlink()]):
         html = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        if 2000 <= len(html) <= _PAGE_BYTES and (left := left - len(html)) > 0:
+        if 2000 <= len(html) <= _PAGE_BYTES:
+            if (left := left - len(html)) < 0:
+                return
             yield str(file.relative_to(root)), html
 
 
@@ -114,12 +117,14 @@ def _warc(path: Path, package: str, pages: list[tuple[str, bytes]]) -> None:
 
 def _texts(place: Place, package: str) -> Iterator[str]:
     """Manuals as their authors wrote them: reStructuredText, POD, plain text."""
-    root = place.unpacked / package
+    root, left = place.unpacked / package, place.part(_PACKAGE_BYTES)
     names = [f for f in root.rglob("*") if f.name.removesuffix(".gz").endswith((".rst", ".rst.txt", ".pod"))]
     for file in _shuffled([f for f in names if f.is_file() and not f.is_symlink()]):
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = content.decode(errors="ignore")
         if len(text) > 500:
+            if (left := left - len(text)) < 0:
+                return
             yield text
 
 
@@ -137,7 +142,7 @@ def _code(place: Place) -> dict[str, Any]:
             if file.is_symlink() or not file.is_file() or language is None:
                 continue
             text, _ = source_text(str(file))
-            if text is None or spent[language] + len(text) > _CODE_BYTES:
+            if text is None or spent[language] + len(text) > place.part(_CODE_BYTES):
                 continue
             spent[language] += len(text)
             to = place.inputs / "code" / package / file.relative_to(root)

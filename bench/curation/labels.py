@@ -83,7 +83,7 @@ def by_rule(place: Place) -> dict[str, Any]:
     for name in ("edu", "dclm", "maths", "maths-page"):
         facts[name] = dict(Counter(row["score"] for row in rows_of(place.labels / f"{name}.jsonl")))
     for language, rows in sorted(_code(place).items()):
-        if len(rows) >= 6 * _ALIKE:
+        if len(rows) >= place.part(6 * _ALIKE, 60):
             write_rows(place.labels / "stack-edu" / f"{language}.jsonl", _ranked(rows, _teaching, 6))
             facts[language] = len(rows)
     return {"documents": facts}
@@ -91,7 +91,7 @@ def by_rule(place: Place) -> dict[str, Any]:
 
 def by_model(place: Place) -> dict[str, Any]:
     """`smol annotate` by SmolLM2-135M-Instruct, of documents that the rule scored too: put in the answer's mouth, and free."""
-    chosen = list(rows_of(place.labels / "edu.jsonl"))[:ANNOTATED]
+    chosen = list(rows_of(place.labels / "edu.jsonl"))[: place.part(ANNOTATED, 8)]
     alone, said = _asked(place, chosen, "edu-by-model", "--no-reasons", "--begin", "Score:")
     facts: dict[str, Any] = {"asked": len(chosen), "scored": len(alone), "said": said}
     if alone:
@@ -99,9 +99,10 @@ def by_model(place: Place) -> dict[str, Any]:
         pairs = np.array([(rule[row["id"]], row["score"]) for row in alone])
         facts["scores"] = {str(k): int(n) for k, n in sorted(Counter(pairs[:, 1].tolist()).items())}
         facts |= agreement(pairs[:, 0], pairs[:, 1])
+    free = place.part(FREE, 2)
     for name in ("reasons", "no-reasons"):
-        scored, said = _asked(place, chosen[:FREE], f"edu-by-model-{name}", f"--{name}")
-        facts[name] = {"asked": FREE, "scored": len(scored), "said": said}
+        scored, said = _asked(place, chosen[:free], f"edu-by-model-{name}", f"--{name}")
+        facts[name] = {"asked": free, "scored": len(scored), "said": said}
     return facts
 
 
@@ -209,7 +210,7 @@ def _shown(place: Place, name: str) -> list[dict[str, Any]]:
             seen.add(text)
             url = row["metadata"]["url"]
             by_source[urlsplit(url).netloc].append({"text": text, "id": url, "source": urlsplit(url).netloc})
-    return _even(by_source, PROSE)
+    return _even(by_source, place.part(PROSE, 300))
 
 
 def _code(place: Place) -> dict[str, list[dict[str, Any]]]:
@@ -225,7 +226,7 @@ def _code(place: Place) -> dict[str, list[dict[str, Any]]]:
             if len(text) > 300:
                 package = name.split("/")[0]
                 files[language][package].append({"text": text, "id": name, "source": package})
-    return {language: _even(packages, CODE) for language, packages in files.items()}
+    return {language: _even(packages, place.part(CODE, 120)) for language, packages in files.items()}
 
 
 def _even(by_source: dict[str, list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:

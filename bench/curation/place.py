@@ -25,12 +25,17 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 @dataclass(frozen=True)
 class Place:
     """packages: a folder of .deb and .whl files that are there already; benchmarks: of gsm8k_train.jsonl and
-    gsm8k_test.jsonl; endpoint: of SmolLM2-135M-Instruct, in place of the model of this machine."""
+    gsm8k_test.jsonl; endpoint: of SmolLM2-135M-Instruct, in place of the model of this machine; share: of the whole bench."""
 
     folder: Path
     packages: Path | None = None
     benchmarks: Path | None = None
     endpoint: str | None = None
+    share: float = 1.0
+
+    def part(self, count: int, least: int = 1) -> int:
+        """So many of what a whole bench takes."""
+        return max(least, round(count * self.share))
 
     @property
     def unpacked(self) -> Path:

@@ -43,8 +43,9 @@ def duplicates(place: Place) -> dict[str, Any]:
         words for row in rows_of(place.inputs / "texts.jsonl") if len(words := words_of(row["text"])) > 400
     ]
     facts: dict[str, Any] = {}
+    count = place.part(PAIRS, 50)
     for wanted in SIMILARITIES:
-        pairs = [_pair(chance.choice(texts), wanted, chance) for _ in range(PAIRS)]
+        pairs = [_pair(chance.choice(texts), wanted, chance) for _ in range(count)]
         for name, (bands, rows) in SHAPES.items():
             found = expected = spread = 0.0
             for seed, (one, other, overlap) in enumerate(pairs):
@@ -54,7 +55,7 @@ def duplicates(place: Place) -> dict[str, Any]:
                 expected += likely
                 spread += likely * (1 - likely)
             facts.setdefault(name, []).append(
-                {"similarity": wanted, "pairs": PAIRS, "found": found / PAIRS, "theory": expected / PAIRS, "standard_errors": (found - expected) / spread**0.5}
+                {"similarity": wanted, "pairs": count, "found": found / count, "theory": expected / count, "standard_errors": (found - expected) / spread**0.5}
             )  # fmt: skip
     return {"shapes": facts}
 
@@ -143,7 +144,7 @@ def kills(place: Place) -> dict[str, Any]:
     _, seconds = place.smol("curate", config)
     chance, output, struck = random.Random(3), folder / "killed", []
     command = place.command("curate", config, "--output", output)
-    for number in range(KILLS):
+    for number in range(times := place.part(KILLS, 2)):
         running = subprocess.Popen(command, cwd=ROOT, env=place.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         moment = chance.uniform(0.1, 0.6) * seconds
         time.sleep(moment)
@@ -152,7 +153,7 @@ def kills(place: Place) -> dict[str, Any]:
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()
         struck.append(alive)
-        say(f"kill {number + 1} of {KILLS} after {moment:.0f} s{'' if alive else ': had ended'}")
+        say(f"kill {number + 1} of {times} after {moment:.0f} s{'' if alive else ': had ended'}")
         if not alive:  # begun anew, or nothing would be left to kill
             _same(folder / "whole", output)
             shutil.rmtree(output)

@@ -11,9 +11,6 @@ from bench.common import RESULTS, machine
 from bench.curation.place import Place
 from megatron_smol.data.files import write_whole
 
-PATH = RESULTS / "curation.json"
-TABLE = RESULTS / "curation.md"
-
 
 def write(place: Place, steps: list[str]) -> Path:
     """All that was found so far; steps that did not run are named."""
@@ -25,10 +22,11 @@ def write(place: Place, steps: list[str]) -> Path:
         "not_run": [step for step in steps if step not in found],
         "found": found,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(PATH, json.dumps(_rounded(about), indent=1) + "\n")
-    write_whole(TABLE, table(about))
-    return TABLE
+    to = RESULTS if place.share == 1 else place.folder  # a part is no result
+    to.mkdir(parents=True, exist_ok=True)
+    write_whole(to / "curation.json", json.dumps(_rounded(about), indent=1) + "\n")
+    write_whole(to / "curation.md", table(about))
+    return to / "curation.md"
 
 
 def table(about: dict[str, Any]) -> str:

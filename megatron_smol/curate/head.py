@@ -38,15 +38,14 @@ def fit(rows: Any, target: Scores, kind: str) -> Fitted:
     back = np.arange(len(target)) % _INNER == 0
     taught, kept = np.flatnonzero(~back), np.flatnonzero(back)
     truth = np.round(target[kept]).astype(int)
-    best: tuple[float, float, float, float] | None = None
+    best = (-1.0, 1.0, 0.0, 1.0)  # macro-F1, penalty, middle, stretch
     for penalty in _PENALTIES["dense" if isinstance(rows, np.ndarray) else "sparse"]:
         outputs = _fit(rows[taught], target[taught], kind, penalty).outputs(rows[kept])
         middle, stretch = _spread(outputs, target[kept]) if kind == "scale" else (0.0, 1.0)
         guess = np.round(scores_of(middle + stretch * outputs, kind)).astype(int)
         found = macro_f1(confusion(truth, guess, MOST[kind]))
-        if best is None or found > best[0]:
+        if found > best[0]:
             best = found, penalty, middle, stretch
-    assert best is not None
     _, penalty, middle, stretch = best
     made = _fit(rows, target, kind, penalty)
     return Fitted(stretch * made.weights, middle + stretch * made.bias, penalty)
@@ -58,7 +57,7 @@ def _spread(outputs: Scores, target: Scores) -> tuple[float, float]:
     A penalised regression gives what is between its documents too near their mean: rounded, it would hardly ever find the
     lowest and the highest score, and a threshold would not keep the share that the labels have above it.
     """
-    stretch = float(np.std(target) / max(np.std(outputs), 1e-6))
+    stretch = float(np.std(target)) / max(float(np.std(outputs)), 1e-6)
     return float(np.mean(target) - stretch * np.mean(outputs)), stretch
 
 
@@ -69,7 +68,8 @@ def _fit(rows: Any, target: Scores, kind: str, penalty: float) -> Fitted:
     labels = np.round(target)
     share = {label: np.mean(labels == label) for label in set(labels)}
     weight = np.array([1 / share[label] for label in labels])
-    mean, size = 0.0, 1.0
+    mean: Any = 0.0
+    size: Any = 1.0
     if isinstance(rows, np.ndarray):
         mean, size = rows.mean(0), rows.std(0) + 1e-6
         rows = (rows - mean) / size
