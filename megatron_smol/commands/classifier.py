@@ -33,9 +33,25 @@ def classifier(
             help="Score from which a document is good, for the F1 of each cut; default 3, of binary 1."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the tenth that is held out.")] = 0,
+    pooling: Annotated[
+        Literal["first", "mean"] | None,
+        typer.Option(
+            help="Which token of the encoder stands for a document; default: as the encoder's own files say, else its "
+            "first, of a language model the mean."
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a document that the encoder sees.", min=8)] = 512,
+    folds: Annotated[
+        int,
+        typer.Option(
+            help="1: a tenth is held out. More: each document is judged once, by a fit on the other parts; for a narrow "
+            "interval from few labels.",
+            min=1,
+        ),
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is held out.")] = 0,
 ) -> None:
-    """Train a quality classifier on annotated documents and judge it on a held-out tenth.
+    """Train a quality classifier on annotated documents and judge it on documents that it did not learn from.
 
     Prints macro-F1 with its 95 % interval beside what the length of a document alone would give, the confusion of
     scores, F1 and share kept at each threshold, and how many documents a second it scores.
@@ -45,26 +61,34 @@ def classifier(
       smol classifier labels.jsonl --output models/edu --encoder Snowflake/snowflake-arctic-embed-m
       smol classifier pairs.jsonl --output models/dclm --kind binary
     """
-    from megatron_smol.curate.classifier import MOST, Settings, train
+    from megatron_smol.curate.classifier import Settings, train
+    from megatron_smol.curate.head import MOST
 
     texts, scores = _labelled(labels, text_key, score_key)
-    settings = Settings(encoder=encoder, kind=kind)
-    made = train(texts, scores, settings, threshold if threshold is not None else min(3, MOST[kind]), seed)
+    settings = Settings(encoder=encoder, kind=kind, pooling=pooling, length=length)
+    cut = threshold if threshold is not None else min(3, MOST[kind])
+    made = train(texts, scores, settings, cut, seed, folds)
     made.save(output)
     report = made.report
     low, high = report["macro_f1_95"]
-    print(f"{report['documents']:,} documents learned, {report['held_out']:,} held out")
+    print(f"{report['documents']:,} documents learned, {report['held_out']:,} held out" + _folds(folds))
     print(
         f"macro-F1 {report['macro_f1']:.3f} (95 %: {low:.3f} to {high:.3f}); by length alone {report['macro_f1_by_length_alone']:.3f}"
     )
+    low, high = report["macro_f1_above_length_95"]
+    print(f"above length by {low:.3f} to {high:.3f}: {'more' if low > 0 else 'NOT clearly more'} than length")
     print("rows: score given, columns: score found")
     for given, row in enumerate(report["confusion"]):
         print(f"  {given}: " + " ".join(f"{count:6,}" for count in row))
     digits = 1 if kind == "scale" else 4
-    for cut in report["thresholds"]:
-        print(f"  keep >= {cut['threshold']:.{digits}f}: F1 {cut['f1']:.3f}, {cut['kept']:.1%} kept")
+    for at in report["thresholds"]:
+        print(f"  keep >= {at['threshold']:.{digits}f}: F1 {at['f1']:.3f}, {at['kept']:.1%} kept")
     print(f"scores {report['documents_per_second']:,.0f} documents/s")
     print(output)
+
+
+def _folds(folds: int) -> str:
+    return f", each once, in {folds} parts" if folds > 1 else ""
 
 
 def _labelled(path: Path, text_key: str, score_key: str) -> tuple[list[str], list[float]]:

@@ -7,16 +7,24 @@ from typing import Annotated
 
 import typer
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import UserError, nearest
 
-_HELP = """Filter, deduplicate and decontaminate raw text by a curation file.
+# The files that come with the repository: `smol curate NAME`.
+SHIPPED = Path(__file__).parent.parent.parent / "examples" / "curate"
+
+_HELP = """Filter, deduplicate and decontaminate raw text by a curation file, or by the name of a shipped one.
 
 Runs datatrove's pipelines over JSON lines, parquet or WARC files, on this machine or (slurm: in the file) as array
 jobs. Writes OUTPUT/documents/*.jsonl.zst, which `smol preprocess` reads, and OUTPUT/card.html: what each step
 kept and dropped, why, with examples. Given again after a kill, the same command continues; what was done stays.
 
+Shipped (examples/curate/NAME.yaml): fineweb-edu, dclm-mix, dclm-edu, finemath-pages, finemath, finemath-4plus,
+infi-webmath, stack-edu, long-context. Copy one to change its steps; docs/curation.md lists all steps.
+
+Exit codes: 0 done, 2 a mistake in the file or the command, 3 an input that cannot be read, 5 a worker that was killed.
+
 \b
-  smol curate examples/curate/fineweb-edu.yaml
+  smol curate fineweb-edu --input 'raw/*.warc.gz' --output data/fineweb-edu
   smol curate my.yaml --input 'raw/*.jsonl.gz' --output data/curated
   smol curate stack.yaml --recipe examples/smollm2_1.7b.yaml --source stack_edu --tokenizer HuggingFaceTB/SmolLM2-1.7B
   smol preprocess data/curated/documents --output data/web --tokenizer HuggingFaceTB/SmolLM2-135M
@@ -25,7 +33,7 @@ kept and dropped, why, with examples. Given again after a kill, the same command
 
 def curate(
     config: Annotated[
-        Path, typer.Argument(help="Curation file; examples/curate/ holds SmolLM2's.", metavar="CONFIG")
+        Path, typer.Argument(help="Curation file, or the name of a shipped one.", metavar="CONFIG|NAME")
     ],
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="Files, folders or globs in place of the file's own.")
@@ -50,7 +58,7 @@ def curate(
         from megatron_smol.curate.config import load_curation
         from megatron_smol.curate.pipeline import curate as run
 
-        loaded = load_curation(config, overrides, inputs)
+        loaded = load_curation(file_of(config), overrides, inputs)
         card = run(loaded, overwrite=overwrite)
     except ImportError as error:  # of this package's modules, or of what a step needs
         raise UserError(
@@ -60,3 +68,18 @@ def curate(
 
 
 curate.__doc__ = _HELP
+
+
+def file_of(given: Path) -> Path:
+    """A file, or that of a shipped name."""
+    if given.is_file():
+        return given
+    names = [path.stem for path in sorted(SHIPPED.glob("*.yaml")) if "\nparts:" not in path.read_text()]
+    if str(given) in names:
+        return SHIPPED / f"{given}.yaml"
+    chat = (SHIPPED / f"{given}.yaml").is_file()
+    raise UserError(
+        f"{given} is chat data: smol chatdata examples/curate/{given}.yaml"
+        if chat
+        else f"no curation file {given}; give a file or a shipped name, {nearest(str(given), names)}"
+    )

@@ -79,9 +79,14 @@ The text{cut}:
 {text}
 ----
 
-Give your reasons in at most 100 words. Then end with one line, "Score: " and the sum of the points, a whole number from 0 to {most}."""
+{answer} "Score: " and the sum of the points, a whole number from 0 to {most}."""
+# With reasons, or the score alone: (what is asked for, tokens of an answer at most).
+_ANSWERS = {
+    True: ("Give your reasons in at most 100 words. Then end with one line,", 300),
+    False: ("Give no reasons. Answer with this one line:", 12),
+}
 _SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
-_TOKENS_OF_AN_ANSWER = 300
+_NUMBER_ALONE = re.compile(r"\W*(\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*(?:\n|$)")
 
 
 @dataclass
@@ -92,23 +97,30 @@ class Outcome:
     failed: Counter[str] = field(default_factory=Counter)
 
 
-def request_of(document: Document, scale: Scale, characters: int) -> Request:
+def request_of(
+    document: Document, scale: Scale, characters: int, reasons: bool = True, begin: str = ""
+) -> Request:
     """The question about a document, of which the first `characters` are shown."""
+    answer, tokens = _ANSWERS[reasons]
     cut = "" if len(document.text) <= characters else f" (its first {characters} characters)"
     prompt = _ASK.format(
         what=scale.what.replace("{language}", str(document.metadata.get("language", "source"))),
         points="\n".join(f"{number}. {point}" for number, point in enumerate(scale.points, 1)),
-        cut=cut, text=document.text[:characters], most=len(scale.points),
+        cut=cut, text=document.text[:characters], most=len(scale.points), answer=answer,
     )  # fmt: skip
-    return chat([{"role": "user", "content": prompt}], temperature=0.0, max_tokens=_TOKENS_OF_AN_ANSWER)
+    messages, more = [{"role": "user", "content": prompt}], {}
+    if begin:  # as vLLM and SGLang name it; OpenAI's own API has nothing like it
+        messages.append({"role": "assistant", "content": begin})
+        more = {"add_generation_prompt": False, "continue_final_message": True}
+    return chat(messages, temperature=0.0, max_tokens=tokens, **more)
 
 
 def score_in(text: str, most: int) -> int | None:
-    """The last "Score: n" of an answer; None when there is none, or none of the scale."""
-    found = _SCORE.findall(text)
+    """The last "Score: n" of an answer, or the number that it begins with; None when there is none, or none of the scale."""
+    found = _SCORE.findall(text) or _NUMBER_ALONE.match(text)
     if not found:
         return None
-    score = float(found[-1])
+    score = float(found[-1] if isinstance(found, list) else found[1])
     return int(score) if score.is_integer() and score <= most else None
 
 
@@ -119,19 +131,21 @@ def annotate(
     output: Path,
     characters: int,
     tell: Callable[[], None] = lambda: None,
+    reasons: bool = True,
+    begin: str = "",
 ) -> Outcome:
     """Write {text, id, score, reasons, ...} lines, in the documents' order; the file is whole or absent.
 
-    tell: called after each document. Raises DataError when not one document got a score.
+    reasons: asked for before the score, as FineWeb-Edu did; begin: of the answer. tell: called after each document. Raises DataError when not one document got a score.
     """
     outcome = Outcome()
 
     def ask(document: Document) -> tuple[Document, Answer | Failed]:
-        return document, model.ask(request_of(document, scale, characters))
+        return document, model.ask(request_of(document, scale, characters, reasons, begin))
 
     with written(output) as stream:
         for document, answer in model.map(ask, documents):
-            if (row := _row(document, answer, scale, outcome)) is not None:
+            if (row := _row(document, answer, scale, outcome, begin)) is not None:
                 stream.write(orjson.dumps(row, default=str) + b"\n")
             tell()
         if not outcome.scores:
@@ -144,18 +158,19 @@ def annotate(
 
 
 def _row(
-    document: Document, answer: Answer | Failed, scale: Scale, outcome: Outcome
+    document: Document, answer: Answer | Failed, scale: Scale, outcome: Outcome, begin: str
 ) -> dict[str, Any] | None:
     if isinstance(answer, Failed):
         outcome.failed[answer.reason] += 1
         return None
-    score = score_in(answer.text, len(scale.points))
+    said = begin + answer.text
+    score = score_in(said, len(scale.points))
     if score is None:
         outcome.failed["no score in the answer"] += 1
         return None
     outcome.scores[score] += 1
     return document.metadata | {
-        "text": document.text, "id": document.id, "score": score, "reasons": answer.text.strip(),
+        "text": document.text, "id": document.id, "score": score, "reasons": said.strip(),
     }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from megatron_smol.curate.config import Curation
 from megatron_smol.curate.domains import table
 from megatron_smol.curate.duplicates import found_share
 from megatron_smol.curate.epochs import reading
-from megatron_smol.curate.kept import samples_of, shares_of
+from megatron_smol.curate.kept import hits_of, samples_of, shares_of
 from megatron_smol.curate.scoring import SCORED, ScoreAtLeast
-from megatron_smol.curate.steps import MinHash
+from megatron_smol.curate.steps import Decontaminate, MinHash
 from megatron_smol.data.files import write_whole
 
 _SIMILARITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
@@ -28,7 +28,19 @@ def write_card(config: Curation, output: Path) -> None:
     about, scores = facts(config, output)
     if scores:
         write_whole(output / "domains.jsonl", table(scores))
+    if any(isinstance(step, Decontaminate) for step in config.steps):
+        about["contamination"] = _contamination(output)
     render(about, output)
+
+
+def _contamination(output: Path) -> dict[str, Any]:
+    """Writes contamination.jsonl, every hit of it; the card shows the first."""
+    from megatron_smol.curate.pipeline import Layout
+
+    hits = hits_of(Layout(output).work / "samples")
+    write_whole(output / "contamination.jsonl", "".join(json.dumps(hit) + "\n" for hit in hits))
+    benchmarks = Counter(hit["benchmark"] for hit in hits).most_common()
+    return {"hits": len(hits), "benchmarks": benchmarks, "shown": hits[:_MOST_SHARES]}
 
 
 def render(about: dict[str, Any], output: Path) -> None:
@@ -69,7 +81,7 @@ def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Cou
             if (found := samples_of(layout.samples(number), _SHOWN))
         },
         "kept": samples_of(layout.work / "samples" / "kept", _SHOWN),
-        "shares": {name: counts.most_common(_MOST_SHARES) for name, counts in shares.items() if counts},
+        "shares": {name: _share(name, counts) for name, counts in shares.items() if counts},
         "curves": [
             {
                 "ngram": s.ngram,
@@ -87,6 +99,16 @@ def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Cou
         "epochs": read.of(round((ratio or 0) * written)) if read else None,
     }
     return about, domain_scores
+
+
+def _share(name: str, counts: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent; lengths in their order, by the powers of two that they lie between."""
+    if name != "length":
+        return counts.most_common(_MOST_SHARES)
+    return [
+        (f"{1 << int(bits):,} to {(2 << int(bits)) - 1:,} characters", counts[bits])
+        for bits in sorted(counts, key=int)
+    ]
 
 
 def _notes(title: str, alone: bool, counts: dict[str, int]) -> Iterator[str]:

@@ -6,24 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_smol.curate.domains import Domains
+from megatron_smol.curate.section import Section
 from megatron_smol.curate.steps import STEPS, Step
 from megatron_smol.errors import UserError, nearest
 from megatron_smol.recipe.load import load_yaml
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Hub(Section):
+    """A data set of the Hugging Face hub, or a local folder in its layout; its files are read in place."""
+
+    name: str = Field(description="OWNER/NAME")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(None, description="commit, so that a run can be repeated")
 
 
 class Inputs(Section):
     """Files of raw documents."""
 
     paths: tuple[str, ...] = Field(
-        description="files, folders and globs: JSONL (plain, .gz, .zst), parquet, WARC, source files"
+        (),
+        description="files, folders and globs, or URLs of them (s3://, gs://, hf://, https://): JSONL (plain, .gz, .zst), "
+        "parquet, WARC; source files (local)",
     )
+    hub: Hub | None = Field(None, description="in place of `paths`")
     code: bool = Field(
         False, description="of folders, the source files of Stack-Edu's 15 languages (code.py)"
     )
@@ -39,6 +48,12 @@ class Inputs(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Inputs:
+        if bool(self.paths) == (self.hub is not None):
+            raise ValueError("give either `paths` or `hub`")
+        return self
 
 
 class Epochs(Section):
@@ -84,9 +99,7 @@ class Curation(Section):
 def _step(number: int, entry: Any) -> Step:
     name, parameters = (entry, {}) if isinstance(entry, str) else _only_item(number, entry)
     if name not in STEPS:
-        raise ValueError(
-            f"step {number}, '{name}', is not known{nearest(name, STEPS)}; allowed: {', '.join(STEPS)}"
-        )
+        raise ValueError(f"step {number}, '{name}', is not known; {nearest(name, STEPS)}")
     try:
         return STEPS[name].model_validate(parameters or {})
     except ValidationError as error:
@@ -115,7 +128,7 @@ def load_curation(
     """Read a curation file; `overrides` of its fields and other `inputs` win. Raises UserError."""
     raw = load_yaml(path) | dict(overrides or {})
     if inputs:
-        raw["inputs"] = dict(raw.get("inputs") or {}) | {"paths": list(inputs)}
+        raw["inputs"] = dict(raw.get("inputs") or {}) | {"paths": list(inputs), "hub": None}
     try:
         return Curation.model_validate(raw)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from rapidfuzz.distance import LCSseq
 
-from megatron_smol.curate.kept import FewDropped
+from megatron_smol.curate.kept import CONTAMINATION, FewDropped
 from megatron_smol.curate.reading import opened
 from megatron_smol.errors import UserError
 
@@ -110,7 +110,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Decontaminate(BaseFilter):
-    """Drops documents that hold an item; `filter_reason` names item, n-gram and ratio."""
+    """Drops documents that hold an item; their metadata say which, by which n-gram, and how much of it."""
 
     type, name = "filter", "contamination"
 
@@ -129,7 +129,7 @@ class Decontaminate(BaseFilter):
         for item, gram in self._index.hits(words):
             common = LCSseq.similarity(item.words, words) / len(item.words)
             if common >= self.ratio:
-                doc.metadata["contamination"] = {
+                doc.metadata[CONTAMINATION] = {
                     "benchmark": item.benchmark, "item": item.number, "ngram": " ".join(gram), "ratio": round(common, 3),
                 }  # fmt: skip
                 return False, item.benchmark

@@ -14,16 +14,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from megatron_smol.curate.section import Section
 from megatron_smol.data.records import parse
 from megatron_smol.errors import UserError
 
 
-class Domains(BaseModel):
+class Domains(Section):
     """The rule. SmolLM2's paper: 10 pages of score 2; the data's own page: a tenth of the domain's pages."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     files: tuple[Path, ...] = Field(
         min_length=1, description="domains.jsonl of an earlier pass, or a list like it"
     )

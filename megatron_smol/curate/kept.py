@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,12 +21,13 @@ from megatron_smol.data.files import write_whole
 
 FEW = 3  # documents a step and a rank
 SHOWN_CHARACTERS = 600
+CONTAMINATION = "contamination"  # metadata of a dropped document: which item, which n-gram, how much of it
 
 
 def excerpt(document: Document) -> dict[str, Any]:
     reason = document.metadata.get("filter_reason")
     shown = {
-        "id": str(document.id),
+        "id": str(document.metadata.get("url") or document.id),
         "text": document.text[:SHOWN_CHARACTERS],
         "characters": len(document.text),
     }
@@ -33,26 +35,32 @@ def excerpt(document: Document) -> dict[str, Any]:
 
 
 class FewDropped:
-    """Stands where datatrove wants a writer of excluded documents: keeps the first few."""
+    """Stands where datatrove wants a writer of excluded documents: keeps the first few, and of contamination every hit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._few: list[dict[str, Any]] = []
+        self._hits: list[dict[str, Any]] = []
         self._rank = 0
 
     def __enter__(self) -> FewDropped:
-        self._few = []
+        self._few, self._hits = [], []
         return self
 
     def write(self, document: Document, rank: int = 0) -> None:
         self._rank = rank
         if len(self._few) < FEW:
             self._few.append(excerpt(document))
+        if hit := document.metadata.get(CONTAMINATION):
+            url = document.metadata.get("url")
+            self._hits.append({"document": str(document.id)} | ({"url": url} if url else {}) | hit)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if kind is None and self._few:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / f"{self._rank:05d}.json", json.dumps(self._few))
+            if self._hits:
+                write_whole(self.folder / f"{self._rank:05d}.hits", json.dumps(self._hits))
 
 
 class Describe(PipelineStep):
@@ -104,6 +112,12 @@ def shares_of(folder: Path) -> tuple[dict[str, Counter[str]], dict[str, Counter[
 
 
 def samples_of(folder: Path, most: int = FEW) -> list[dict[str, Any]]:
-    """The first few of all ranks."""
+    """A few, of as many ranks as there are: the documents of one are often of one site."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [sample for samples in found for sample in samples][:most]
+    turns = zip_longest(*found)
+    return [sample for turn in turns for sample in turn if sample is not None][:most]
+
+
+def hits_of(samples: Path) -> list[dict[str, Any]]:
+    """Of all steps and ranks: which document held which item of which benchmark, by which n-gram."""
+    return [hit for path in sorted(samples.glob("*/*.hits")) for hit in json.loads(path.read_text())]

@@ -12,7 +12,10 @@ from megatron_smol.post.generate import load_model
 if TYPE_CHECKING:
     from megatron_smol.curate.endpoint import Answer, Request
 
-_KNOWN = {"messages", "prompt", "temperature", "top_p", "max_tokens", "seed", "stop"}
+_KNOWN = {
+    "messages", "prompt", "temperature", "top_p", "max_tokens", "seed", "stop", "add_generation_prompt",
+    "continue_final_message",
+}  # fmt: skip
 
 
 class LocalModel:
@@ -53,7 +56,11 @@ class LocalModel:
             encoded = self._tokenizer(payload["prompt"], return_tensors="pt", add_special_tokens=False)
         elif self._tokenizer.chat_template:
             encoded = self._tokenizer.apply_chat_template(
-                payload["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+                payload["messages"],
+                add_generation_prompt=payload.get("add_generation_prompt", True),
+                continue_final_message=payload.get("continue_final_message", False),
+                return_tensors="pt",
+                return_dict=True,
             )
         else:
             raise CheckpointError(f"{self.folder} has no chat template, so it cannot answer a conversation")

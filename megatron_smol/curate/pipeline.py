@@ -29,6 +29,7 @@ from megatron_smol.curate.parts import ReadPart, WritePart
 from megatron_smol.curate.reading import ReadInputs
 from megatron_smol.curate.warc import WARC
 from megatron_smol.data.files import write_whole
+from megatron_smol.data.inputs import InputFile, expand_inputs, hub_inputs, local_file
 from megatron_smol.errors import UserError
 
 DOCUMENTS, WORK, CARD = "documents", "work", "card.html"
@@ -92,10 +93,16 @@ def curate(config: Curation, *, overwrite: bool = False) -> Path | None:
     return layout.output / CARD
 
 
-def input_files(inputs: Inputs) -> list[str]:
-    """Files, folders and globs to files, sorted within each."""
-    found: list[str] = []
+def input_files(inputs: Inputs) -> list[InputFile]:
+    """Files, folders, globs and URLs to files, sorted within each; a hub data set to its files."""
+    if inputs.hub is not None:
+        hub = inputs.hub
+        return hub_inputs(hub.name, hub.config, hub.split, hub.revision)
+    found: list[InputFile] = []
     for given in inputs.paths:
+        if "://" in given:
+            found += expand_inputs([given])
+            continue
         path = Path(given)
         if path.is_dir():
             files = sorted(str(file) for file in path.rglob("*") if file.is_file())
@@ -106,11 +113,11 @@ def input_files(inputs: Inputs) -> list[str]:
             raise UserError(
                 f"no input at {given}: give files, folders or globs of {', '.join(_ENDINGS[:2])}, .parquet, .warc.gz ..."
             )
-        found += here
+        found += [local_file(Path(file)) for file in here]
     return found
 
 
-def phases_of(config: Curation, files: list[str], layout: Layout) -> list[Phase]:
+def phases_of(config: Curation, files: list[InputFile], layout: Layout) -> list[Phase]:
     """The steps as phases; every block's files have names of their own."""
     phases = [Phase("phase-0")]
     given = config.inputs
@@ -150,10 +157,10 @@ class _Card:
         yield from ()
 
 
-def _claim(config: Curation, files: list[str], layout: Layout, overwrite: bool) -> None:
+def _claim(config: Curation, files: list[InputFile], layout: Layout, overwrite: bool) -> None:
     """Another configuration's output is neither continued nor mixed with this one's."""
     plan = layout.work / "curation.json"
-    inputs = [{"path": file, "bytes": Path(file).stat().st_size} for file in files]
+    inputs = [{"path": file.name, "bytes": file.size} for file in files]
     wanted = json.dumps(
         {"config": config.model_dump(mode="json", exclude=_FREE)
          | {"steps": [{type(step).__name__: step.model_dump(mode="json")} for step in config.steps]}, "inputs": inputs},

@@ -19,6 +19,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_smol.curate.code import language_of, source_text
 from megatron_smol.curate.domains import domain_of
 from megatron_smol.curate.warc import WARC, extractor, pages
+from megatron_smol.data.inputs import InputFile, local_file
 from megatron_smol.data.records import parse
 from megatron_smol.errors import DataError
 
@@ -33,22 +34,22 @@ class ReadInputs(PipelineStep):
     type, name = "read", "inputs"
 
     def __init__(
-        self, files: list[str], text_key: str, extract: str, domains: frozenset[str] | None = None
+        self, files: list[InputFile], text_key: str, extract: str, domains: frozenset[str] | None = None
     ) -> None:
         super().__init__()
         self.files, self.text_key, self.extract, self.domains = files, text_key, extract, domains
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for file in self.files[rank::world_size]:
-            if not Path(file).stat().st_size:
+            if not file.size:
                 self.stat_update("empty_files")
                 continue
-            if file.endswith(WARC):
+            if file.name.endswith(WARC):
                 found = self._warc(file)
-            elif file.endswith(".parquet"):
+            elif file.suffix == ".parquet":
                 found = self._parquet(file)
-            elif language_of(file):
-                found = self._code(file)
+            elif language_of(file.name):
+                found = self._code(file.name)
             else:
                 found = self._lines(file)
             for document in found:
@@ -74,8 +75,8 @@ class ReadInputs(PipelineStep):
             return None
         return Document(text=text, id=identity, metadata=metadata)
 
-    def _lines(self, file: str) -> Iterator[Document]:
-        stem = Path(file).name
+    def _lines(self, file: InputFile) -> Iterator[Document]:
+        stem = Path(file.name).name
         with opened(file) as stream:
             for number, line in enumerate(_bounded_lines(stream), 1):
                 if line is None:
@@ -89,21 +90,22 @@ class ReadInputs(PipelineStep):
                     if document := self._document(record, f"{stem}/{number}"):
                         yield document
 
-    def _parquet(self, file: str) -> Iterator[Document]:
+    def _parquet(self, file: InputFile) -> Iterator[Document]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         number = 0
         try:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    if document := self._document(record, f"{Path(file).name}/{number}"):
-                        yield document
+            with file.open() as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+                    for record in batch.to_pylist():
+                        number += 1
+                        if document := self._document(record, f"{Path(file.name).name}/{number}"):
+                            yield document
         except pa.ArrowInvalid as error:
-            raise DataError(f"{file} cannot be read as parquet after {number:,} rows: {error}") from None
+            raise DataError(f"{file.name} cannot be read as parquet after {number:,} rows: {error}") from None
 
-    def _warc(self, file: str) -> Iterator[Document]:
+    def _warc(self, file: InputFile) -> Iterator[Document]:
         """Pages of other domains are left out before the extraction, which is the slow part."""
         extract = extractor(self.extract)
         for page in pages(file, self._bad):
@@ -111,7 +113,7 @@ class ReadInputs(PipelineStep):
                 continue
             if text := extract(page.html):
                 about = {"url": page.url, "date": page.date}
-                yield Document(text=text, id=page.identity or page.url or file, metadata=about)
+                yield Document(text=text, id=page.identity or page.url or file.name, metadata=about)
             else:
                 self._bad("no_text")
 
@@ -130,14 +132,14 @@ class ReadInputs(PipelineStep):
 
 
 @contextmanager
-def opened(file: str | Path) -> Iterator[BinaryIO]:
+def opened(file: str | Path | InputFile) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed by its ending."""
-    path = Path(file)
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
+    given = file if isinstance(file, InputFile) else local_file(Path(file))
+    with given.open() as raw:
+        if given.suffix == ".gz":
             with gzip.open(raw) as stream:
                 yield stream  # type: ignore[misc]
-        elif path.suffix == ".zst":
+        elif given.suffix == ".zst":
             import zstandard
 
             with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:

@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from megatron_smol.curate.kept import FewDropped
+from megatron_smol.curate.section import Section
 
 
-class Step(BaseModel):
+class Step(Section):
     """One entry of `steps`. `splits`: all documents must be known before the next step begins."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     title: ClassVar[str]
     splits: ClassVar[bool] = False
 

@@ -7,8 +7,9 @@ gzip member of its own, at the next member's first bytes, else at the next line 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from megatron_smol.data.inputs import InputFile
 
 WARC = (".warc", ".warc.gz", ".arc", ".arc.gz")
 _GZIP_MEMBER, _RECORD = b"\x1f\x8b\x08", b"WARC/1."
@@ -24,12 +25,12 @@ class Page(NamedTuple):
     html: bytes
 
 
-def pages(file: str, bad: Callable[[str], None]) -> Iterator[Page]:
+def pages(file: InputFile, bad: Callable[[str], None]) -> Iterator[Page]:
     """All responses that can be read; `bad` is called once for each place where reading broke."""
     from warcio.archiveiterator import ArchiveIterator
 
-    mark = _GZIP_MEMBER if file.endswith(".gz") else _RECORD
-    with Path(file).open("rb") as stream:
+    mark = _GZIP_MEMBER if file.suffix == ".gz" else _RECORD
+    with file.open() as stream:
         start: int | None = 0
         while start is not None:
             stream.seek(start)

@@ -55,9 +55,9 @@ def documents(tmp_path: Path) -> Path:
     return path
 
 
-def run(documents: Path, output: Path, url: str) -> None:
+def run(documents: Path, output: Path, url: str, **more: Any) -> None:
     command([str(documents)], output, model="teacher", endpoint=url, timeout=3.0, retries=3, retry_pause=0.01,
-            price_in=10.0, price_out=30.0, concurrency=3)  # fmt: skip
+            price_in=10.0, price_out=30.0, concurrency=3, **more)  # fmt: skip
 
 
 def test_scores_failures_and_what_it_cost(
@@ -131,6 +131,12 @@ def test_nothing_is_written_when_nothing_got_a_score(documents: Path, tmp_path: 
         ("Score: 7", None),
         ("Score: 2.5", None),
         ("four", None),
+        ("3", 3),
+        ("**4**\n", 4),
+        ("2/5\nIt explains", 2),
+        ("1. it says something", None),
+        ("3rd place", None),
+        ("It has 3 parts", None),
     ],
 )
 def test_the_score_in_an_answer(answer: str, score: int | None) -> None:
@@ -143,6 +149,9 @@ def test_questions_name_every_point_and_show_so_much_of_the_text() -> None:
         prompt = request_of(document, scale, 300).payload["messages"][0]["content"]
         assert all(point in prompt for point in scale.points) and f"from 0 to {len(scale.points)}." in prompt
         assert document.text[:300] in prompt and document.text[:301] not in prompt and "first 300" in prompt
+        alone = request_of(document, scale, 300, reasons=False).payload
+        assert len(alone["messages"]) == 1
+        assert "no reasons" in alone["messages"][0]["content"] and alone["max_tokens"] < 20
     assert "this Rust file" in request_of(document, SCALES["code"], 300).payload["messages"][0]["content"]
 
 
@@ -164,3 +173,15 @@ def test_an_unknown_scale(documents: Path, tmp_path: Path) -> None:
         command(
             [str(documents)], tmp_path / "a", model="m", scale="physics", endpoint="http://localhost:1/v1"
         )
+
+
+def test_an_answer_is_made_to_begin(documents: Path, tmp_path: Path) -> None:
+    """The server is told to go on from the words; what it adds is read after them."""
+    with serving(
+        lambda _, body: " 4" if body["messages"][-1]["content"] == "Score:" else "I like it"
+    ) as server:
+        run(documents, tmp_path / "a.jsonl", server.url, begin="Score:", reasons=False)
+    assert all(
+        body["continue_final_message"] and not body["add_generation_prompt"] for _, body in server.seen
+    )
+    assert {json.loads(line)["score"] for line in (tmp_path / "a.jsonl").read_text().splitlines()} == {4}

@@ -77,3 +77,22 @@ def test_mistakes_about_the_recipe_are_told_before_the_work(config: Path, tmp_pa
         with pytest.raises(UserError, match=message):
             curate(load_curation(config, changes))
     assert not (tmp_path / "out/documents").exists()
+
+
+def test_every_hit_of_contamination_is_named(config: Path, tmp_path: Path) -> None:
+    """All of them in a file, the first on the card: document, benchmark, item, words, share."""
+    items = [f"Document {n} says this and that." for n in range(0, 60, 3)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"question": item}) + "\n" for item in items))
+    step = {"decontaminate": {"files": [str(tmp_path / "items.jsonl")], "ngram": 6, "ratio": 1.0}}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"steps": [step]}))
+    curate(load_curation(config))
+    hits = [json.loads(line) for line in (tmp_path / "out/contamination.jsonl").read_text().splitlines()]
+    assert sorted(hit["item"] for hit in hits) == list(range(1, 21))
+    assert all(hit["document"] == f"raw.jsonl/{3 * hit['item'] - 2}" for hit in hits)
+    assert hits[0]["ngram"] == "document 0 says this and that" and hits[0]["url"] == "http://s0.org"
+    about = card(tmp_path)["contamination"]
+    assert (
+        about["hits"] == 20 and about["benchmarks"] == [["items.jsonl", 20]] and about["shown"] == hits[:12]
+    )
+    page = (tmp_path / "out/card.html").read_text()
+    assert "20 documents held an item" in page and "document 3 says this and that" in page

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_smol.curate.classifier import Classifier, Settings, _confusion, _macro_f1, train
+from megatron_smol.curate.classifier import Classifier, Settings, train
+from megatron_smol.curate.head import confusion, macro_f1
 from megatron_smol.errors import UserError
 from tests.tiny import environment, smol
 
@@ -92,7 +93,7 @@ def test_macro_f1_is_sklearns() -> None:
     for kinds in (2, 4, 6):
         truth, guess = chance.integers(0, kinds, 50), chance.integers(0, kinds - 1, 50)
         expected = f1_score(truth, guess, average="macro", zero_division=0)
-        assert _macro_f1(_confusion(truth, guess, 5)) == pytest.approx(expected)
+        assert macro_f1(confusion(truth, guess, 5)) == pytest.approx(expected)
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -102,3 +103,16 @@ def test_mistakes(tmp_path: Path) -> None:
         train(["a"] * 60, [0.0, 9.0] * 30, Settings(), 3)
     with pytest.raises(UserError, match="holds no classifier"):
         Classifier.load(tmp_path)
+
+
+def test_folds_judge_every_document_by_a_fit_that_did_not_see_it() -> None:
+    """Labels that mean nothing: a fit that had seen them would know many."""
+    texts, scores = labelled(300, 0)
+    once, each = (train(texts, scores, Settings(), 3, folds=folds).report for folds in (1, 5))
+    assert (once["documents"], once["held_out"]) == (270, 30)
+    assert (each["documents"], each["held_out"]) == (300, 300)
+    wide, narrow = (report["macro_f1_95"][1] - report["macro_f1_95"][0] for report in (once, each))
+    assert narrow < wide and each["macro_f1_above_length_95"][0] > 0
+    random.Random(2).shuffle(scores)
+    shuffled = train(texts, scores, Settings(), 3, folds=5).report
+    assert shuffled["macro_f1_95"][0] < 0.2 and shuffled["macro_f1_above_length_95"][0] < 0

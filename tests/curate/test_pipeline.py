@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_smol.commands.curate import file_of
 from megatron_smol.curate.config import load_curation
 from megatron_smol.curate.pipeline import curate
 from megatron_smol.curate.reading import opened
@@ -130,8 +131,11 @@ def test_another_configuration_is_not_mixed_in(tmp_path: Path, raw: Path) -> Non
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (["gopher_qualty"], "step 1, 'gopher_qualty', is not known"),
-        (["exact", {"minhash": {"band": 3}}], "step 2, minhash: band"),
+        (["gopher_qualty"], "step 1, 'gopher_qualty', is not known; did you mean 'gopher_quality'?"),
+        (
+            ["exact", {"minhash": {"band": 3}}],
+            "step 2, minhash: 'band' is not known here; did you mean 'bands'?",
+        ),
         ([{"minhash": {"bands": 0}}], "bands: Input should be greater than or equal to 1 (found 0)"),
         ([{"decontaminate": {"files": ["none.jsonl"]}}], "no benchmark file at none.jsonl"),
         ([{"match": {"pattern": "("}}], "'(' is no regular expression"),
@@ -152,3 +156,13 @@ def test_mistakes_of_the_inputs(tmp_path: Path, raw: Path) -> None:
     (raw / "7.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-9])
     done = run(configure(tmp_path, raw, "exact"))
     assert done.returncode == 3 and "cannot be decompressed to its end" in done.stderr, done.stderr
+
+
+def test_shipped_files_by_their_names(tmp_path: Path, raw: Path) -> None:
+    """`smol curate NAME` is the file of that name; a misspelt one is told with the nearest."""
+    done = run(Path("finemath-4plus"), "--input", str(raw), "--output", str(tmp_path / "named"))
+    assert done.returncode == 0, done.stderr
+    assert len(kept(tmp_path / "named")) == 24, "score 4 of 0 to 4"
+    for name, message in (("finemat-4plus", "did you mean 'finemath-4plus'"), ("smoltalk", "smol chatdata")):
+        with pytest.raises(UserError, match=message):
+            file_of(Path(name))

@@ -21,6 +21,7 @@ from megatron_smol.curate.kept import FewDropped
 from megatron_smol.curate.parts import ReadPart, WritePart
 from megatron_smol.curate.pipeline import input_files
 from megatron_smol.curate.reading import ReadInputs
+from megatron_smol.data.inputs import local_file
 from megatron_smol.errors import DataError, UserError
 
 PARAGRAPH = "The area of a triangle is half of its base times its height, which can be seen by cutting a rectangle in two along a line from corner to corner. "
@@ -41,7 +42,7 @@ def warc(path: Path, pages: dict[str, bytes]) -> Path:
 
 
 def read(*files: Path, extract: str = "trafilatura") -> tuple[list[Document], dict[str, float]]:
-    step = ReadInputs([str(file) for file in files], "text", extract)
+    step = ReadInputs([local_file(file) for file in files], "text", extract)
     found = list(step.run(None))
     return found, {name: stat.total for name, stat in step.stats.stats.items()}
 
@@ -159,7 +160,7 @@ def test_source_files(tmp_path: Path) -> None:
     (tmp_path / "e.js").write_bytes(b"x" * ((1 << 20) + 1))
     (tmp_path / "f.json").write_bytes(b"{}")
     files = input_files(Inputs(paths=(str(tmp_path),), code=True))
-    found, counts = read(*map(Path, files))
+    found, counts = read(*(Path(file.name) for file in files))
     assert [(d.metadata["language"], d.text) for d in found] == [
         ("Python", "print(1)\n"),
         ("C", "int f();\n"),
@@ -175,7 +176,7 @@ def test_pages_of_other_domains_are_left_out(tmp_path: Path) -> None:
     lines.write_text(
         '{"text": "one", "url": "http://a.org/3"}\n{"text": "two", "metadata": {"url": "http://c.org"}}\n'
     )
-    step = ReadInputs([str(path), str(lines)], "text", "trafilatura", frozenset({"a.org"}))
+    step = ReadInputs([local_file(path), local_file(lines)], "text", "trafilatura", frozenset({"a.org"}))
     assert [document.metadata["url"] for document in step.run(None)] == ["https://A.org/1", "http://a.org/3"]
     assert step.stats.stats["dropped_other_domain"].total == 2
 
@@ -265,3 +266,34 @@ def test_languages(tmp_path: Path) -> None:
     assert LanguageOf(("en",), 1.1, "py3langid", None, few).filter(kept) == (False, "language_unsure")
     with pytest.raises(UserError, match="no language model at"):
         LanguageOf(("en",), 0.65, "fasttext", tmp_path / "no.bin", few)
+
+
+def test_files_of_an_object_store_are_read_in_place(tmp_path: Path) -> None:
+    """WARC, JSONL and parquet by URL give what they give as files, and a hub layout its split."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    body = PAGE.format(f"<p>{PARAGRAPH * 3}</p>").encode()
+    warc(tmp_path / "a.warc.gz", {"https://a.org/1": body, "https://b.org/2": body})
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "line"}\n'))
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.jsonl").write_bytes(b"")
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/crawl/{path.name}", path.read_bytes())
+    found = [
+        ReadInputs(input_files(Inputs(paths=(place,))), "text", "trafilatura")
+        for place in (f"{tmp_path}/*", "memory://crawl/*")
+    ]
+    here, there = ([(d.id, d.text, d.metadata) for d in step.run(None)] for step in found)
+    assert len(here) == 5 and here == there
+    assert all(step.stats.stats["empty_files"].total == 1 for step in found)
+    hub = Inputs.model_validate({"hub": {"name": str(tmp_path / "hub")}})
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/train.jsonl").write_text('{"text": "of the hub"}\n')
+    assert [d.text for d in ReadInputs(input_files(hub), "text", "trafilatura").run(None)] == ["of the hub"]
+    with pytest.raises(ValueError, match="either `paths` or `hub`"):
+        Inputs.model_validate({})
+    with pytest.raises(UserError, match="cannot read memory://crawl/none"):
+        input_files(Inputs(paths=("memory://crawl/none.jsonl",)))

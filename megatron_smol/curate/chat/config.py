@@ -12,7 +12,7 @@ from megatron_smol.curate.chat.constrained import Constraints
 from megatron_smol.curate.chat.given import Given
 from megatron_smol.curate.chat.magpie import Magpie
 from megatron_smol.curate.chat.preferences import Preferences
-from megatron_smol.curate.chat.sampling import Generator, Section
+from megatron_smol.curate.chat.sampling import Generator
 from megatron_smol.curate.chat.steps import (
     Decontaminate,
     Exact,
@@ -27,6 +27,7 @@ from megatron_smol.curate.chat.steps import (
 from megatron_smol.curate.chat.texts import Rewrite, Summarize
 from megatron_smol.curate.config import first_problem
 from megatron_smol.curate.endpoint import EndpointSettings
+from megatron_smol.curate.section import Section
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.load import load_yaml
 

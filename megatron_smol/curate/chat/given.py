@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megatron_smol.curate.chat.rows import Outcome, Row
-from megatron_smol.curate.chat.sampling import Section
 from megatron_smol.curate.chat.tools import NoAnswer, Tools
+from megatron_smol.curate.section import Section
 from megatron_smol.post.rows import Message, NotJson, Preference, RowError, preference, read_rows
 
 

@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from megatron_smol.curate.chat.given import as_pair, prompt_of
 from megatron_smol.curate.chat.judge import asked_score, kept_share, same_answer
 from megatron_smol.curate.chat.rows import Outcome, Row
-from megatron_smol.curate.chat.sampling import Sampling, Section
+from megatron_smol.curate.chat.sampling import Sampling
 from megatron_smol.curate.chat.tools import NoAnswer, Tools
 from megatron_smol.curate.endpoint import chat
+from megatron_smol.curate.section import Section
 from megatron_smol.post.rows import Message, Preference, read_rows
 
 

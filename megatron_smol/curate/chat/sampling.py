@@ -5,25 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from megatron_smol.curate.chat.rows import Outcome
 from megatron_smol.curate.chat.tools import Tools
-from megatron_smol.errors import nearest
-
-
-class Section(BaseModel):
-    """Base of all sections of a chat data file: an unknown field is an error that names the nearest one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        for name in value if isinstance(value, dict) else ():
-            if name not in cls.model_fields:
-                raise ValueError(f"'{name}' is not known here; {nearest(str(name), cls.model_fields)}")
-        return value
+from megatron_smol.curate.section import Section
 
 
 class Sampling(Section):

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from megatron_smol.curate.chat.judge import Asked, asked_score, number_of
 from megatron_smol.curate.chat.rows import Outcome, Row, text_of, turns_of
-from megatron_smol.curate.chat.sampling import Section
 from megatron_smol.curate.chat.tools import NoAnswer, Tools
+from megatron_smol.curate.section import Section
 from megatron_smol.curate.steps import Regex
 
 
