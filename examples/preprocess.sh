@@ -13,14 +13,16 @@
 #SBATCH --mem=24G
 #SBATCH --time=12:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=preprocess-%A-%a.log
 set -euo pipefail
 
 INPUT=${1:?usage: sbatch examples/preprocess.sh INPUT OUTPUT [options of smol preprocess]}
 OUTPUT=${2:?usage: sbatch examples/preprocess.sh INPUT OUTPUT [options of smol preprocess]}
+VENV=${VENV:-.venv}
 TOKENIZER=${TOKENIZER:-HuggingFaceTB/SmolLM2-135M}
 # Fixed, not Slurm's count: so that a part of the array can be submitted again.
 TASKS=${TASKS:-64}
 
-exec smol preprocess "$INPUT" --output "$OUTPUT" --tokenizer "$TOKENIZER" \
+exec "$VENV/bin/smol" preprocess "$INPUT" --output "$OUTPUT" --tokenizer "$TOKENIZER" \
     --rank slurm --world-size "$TASKS" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:3}"
