@@ -73,12 +73,14 @@ def _pair(words: list[str], similarity: float, chance: random.Random) -> tuple[b
     return " ".join(one).encode(), " ".join(other).encode(), overlap
 
 
+def _plain(text: str) -> list[str]:
+    """Words of letters alone: what the keys make of others (numbers are one word to them) is not what is measured."""
+    return [word for word in words_of(text) if word.isascii() and word.isalpha()]
+
+
 def _overlap(one: list[str], other: list[str]) -> float:
-    """Jaccard of their n-grams, numbers being one word as the keys have it."""
-    sets = []
-    for words in (one, other):
-        plain = ["0" if word.isdigit() else word for word in words]
-        sets.append({tuple(plain[i : i + NGRAM]) for i in range(len(plain) - NGRAM + 1)})
+    """Jaccard of their n-grams."""
+    sets = [{tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)} for words in (one, other)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
