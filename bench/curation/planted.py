@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from bench.common import ROOT, say
@@ -24,7 +25,7 @@ from megatron_smol.errors import RunError
 
 SHAPES = {"1 band of 10": (1, 10), "14 bands of 8": (14, 8)}
 SIMILARITIES = (0.6, 0.7, 0.8, 0.9, 0.95)
-PAIRS, NGRAM = 1000, 5
+PAIRS, DRAWS, NGRAM = 250, 50, 5
 LEAKS, KILLS = 100, 10
 _ITEM_WORDS = 40
 _KILLED = (
@@ -37,25 +38,27 @@ _KILLED = (
 
 
 def duplicates(place: Place) -> dict[str, Any]:
-    """Passages of real text and copies with words changed: the share found, beside what theory gives for their overlap."""
+    """Passages of real text and copies with words changed: the share found, beside what theory gives for their overlap.
+
+    Each pair is drawn for with many sets of hash functions; the error is the spread over pairs.
+    """
     chance = random.Random(0)
     texts = [
-        words for row in rows_of(place.inputs / "texts.jsonl") if len(words := words_of(row["text"])) > 400
+        words for row in rows_of(place.inputs / "texts.jsonl") if len(words := _plain(row["text"])) > 400
     ]
     facts: dict[str, Any] = {}
-    count = place.part(PAIRS, 50)
+    count = place.part(PAIRS, 20)
     for wanted in SIMILARITIES:
         pairs = [_pair(chance.choice(texts), wanted, chance) for _ in range(count)]
         for name, (bands, rows) in SHAPES.items():
-            found = expected = spread = 0.0
+            found, theory = [], []
             for seed, (one, other, overlap) in enumerate(pairs):
-                keys = minhash_keys([one, other], NGRAM, bands, rows, seed)
-                likely = found_share(overlap, bands, rows)
-                found += bool((keys[0] == keys[1]).any())
-                expected += likely
-                spread += likely * (1 - likely)
+                keys = minhash_keys([one, other], NGRAM, DRAWS * bands, rows, seed)
+                found.append((keys[0] == keys[1]).reshape(DRAWS, bands).any(1).mean())
+                theory.append(found_share(overlap, bands, rows))
+            off = np.array(found) - theory
             facts.setdefault(name, []).append(
-                {"similarity": wanted, "pairs": count, "found": found / count, "theory": expected / count, "standard_errors": (found - expected) / spread**0.5}
+                {"similarity": wanted, "pairs": count, "draws": DRAWS, "found": float(np.mean(found)), "theory": float(np.mean(theory)), "error": float(off.std() / count**0.5)}
             )  # fmt: skip
     return {"shapes": facts}
 
