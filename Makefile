@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: install demo demo-real test bench laws parity faults punisher check docs clean help
+.PHONY: install demo demo-real test bench curation laws parity faults punisher check docs clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -36,6 +36,9 @@ test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
 	$(BIN)/python -m bench
+
+curation: install  ## all curation pipelines on real text from Debian's packages (about an hour; ARGS="--share 0.02" to try)
+	$(BIN)/python -m bench.curation $(ARGS)
 
 faults: install  ## kills, lost nodes, preemption, full disks, ...: under a real Slurm (root needed) and without, hours
 	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm tests/train tests/checkpoint tests/data

@@ -20,7 +20,7 @@ from bench.curation.place import Place, rows_of
 from megatron_smol.recipe.load import load_yaml
 
 EXAMPLES = ROOT / "examples" / "curate"
-TASKS = 16
+TASKS = 8
 # In an order in which each finds what it reads. Paths below the bench's folder; `inputs/` are pages, `text/` their text.
 READS = {
     "fineweb-edu": "inputs/web",
@@ -55,7 +55,12 @@ def extract(place: Place) -> dict[str, Any]:
     """text/web and text/maths: the pages as text and no step, to draw documents from and to count what is read."""
     facts = {}
     for name in ("web", "maths"):
-        settings = {"name": name, "inputs": {"paths": str(place.inputs / name)}, "steps": [], "tasks": TASKS}
+        settings = {
+            "name": name,
+            "inputs": {"paths": str(place.inputs / name)},
+            "steps": [],
+            "tasks": place.part(TASKS, 2),
+        }
         facts[name] = _carry_out(place, settings, place.folder / "text" / name)
     return facts
 
@@ -73,7 +78,7 @@ def one(place: Place, name: str) -> dict[str, Any]:
 
 def settings_of(place: Place, name: str) -> dict[str, Any]:
     """examples/curate/NAME.yaml with what is at hand in place of what it names."""
-    settings = load_yaml(EXAMPLES / f"{name}.yaml") | {"tasks": TASKS}
+    settings = load_yaml(EXAMPLES / f"{name}.yaml") | {"tasks": place.part(TASKS, 2)}
     settings["inputs"] = settings["inputs"] | {"paths": str(place.folder / READS[name])}
     if "domains" in settings["inputs"]:
         listed = str(place.folder / "out" / "finemath-pages" / "domains.jsonl")
@@ -118,7 +123,7 @@ def _carry_out(place: Place, settings: dict[str, Any], output: Path) -> dict[str
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings | {"output": str(output)}, sort_keys=False))
     say(f"smol curate {output.name}")
-    _, seconds = place.smol("curate", config, "--tokenizer", place.smollm2)
+    _, seconds = place.smol("curate", config, "--overwrite", "--tokenizer", place.smollm2)
     card = json.loads((output / "card.json").read_text())
     first = card["funnel"][0]
     documents = list(rows_of(output / "documents"))

@@ -124,10 +124,10 @@ def _annotated(found: dict[str, Any]) -> list[str]:
 
 
 def _duplicates(found: dict[str, Any]) -> list[str]:
-    lines = ["| shape | similarity | found | theory | standard errors off |", "|---|---|---|---|---|"]
+    lines = ["| shape | similarity | found | theory | standard error |", "|---|---|---|---|---|"]
     for shape, rows in found["shapes"].items():
         lines += [
-            f"| {shape} | {row['similarity']} | {row['found']:.3f} | {row['theory']:.3f} | {row['standard_errors']:+.1f} |"
+            f"| {shape} | {row['similarity']} | {row['found']:.3f} | {row['theory']:.3f} | {row['error']:.3f} |"
             for row in rows
         ]
     return lines

@@ -93,7 +93,9 @@ def facts(config: Curation, output: Path) -> tuple[dict[str, Any], dict[str, Cou
             if isinstance(s, MinHash)
         ],
         "histograms": [
-            {"step": title, "scores": scores} for title, block in rows if (scores := _histogram(block))
+            {"step": title, "scores": scores, "columns": _columns(scores)}
+            for title, block in rows
+            if (scores := _histogram(block))
         ],
         "tokens_per_character": ratio,
         "epochs": read.of(round((ratio or 0) * written)) if read else None,
@@ -143,6 +145,13 @@ def _histogram(counts: dict[str, int]) -> list[tuple[float, int]]:
     return sorted(
         (float(name.removeprefix(SCORED)), n) for name, n in counts.items() if name.startswith(SCORED)
     )
+
+
+def _columns(scores: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Every tenth from the lowest score to the highest, also those that nobody has; scores far apart as they are."""
+    tenths = {round(10 * score): count for score, count in scores}
+    low, high = min(tenths), max(tenths)
+    return [(n / 10, tenths.get(n, 0)) for n in range(low, high + 1)] if high - low <= 100 else scores
 
 
 def speeds(titles: list[str], blocks: list[Any], logs: Path) -> Iterator[tuple[str, float]]:
