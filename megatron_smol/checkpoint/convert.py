@@ -196,12 +196,13 @@ def _write_checkpoint(aside: Path, folder: HfFolder, dtype: torch.dtype, state: 
     """All that makes a folder a checkpoint; beside what lies there already."""
     model = folder.described.model
     weights = {weight.megatron: weight for weight in weight_map(model)}
-    dist.write_weights(
+    written = dist.write_weights(
         aside, list(weights.values()), model.layers, dtype, lambda name: folder.trainer_tensor(weights[name])
     )
     on_disk.write_json(aside / on_disk.STATE, {"format": on_disk.FORMAT, **state})
-    names = [str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file()]
-    complete = {"format": on_disk.FORMAT, "files": on_disk.describe_files(aside, names)}
+    names = {str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file()}
+    files = written | on_disk.describe_files(aside, sorted(names - written.keys()))
+    complete = {"format": on_disk.FORMAT, "files": dict(sorted(files.items()))}
     on_disk.write_json(aside / on_disk.COMPLETE, complete)
 
 

@@ -130,7 +130,7 @@ def compare(
     largest = largest_logit = 0.0
     for window in windows:
         hidden = trainer.hidden(window)[0], theirs.hidden(window)[0]  # [s, h] each
-        with trainer.head(), theirs.head():
+        with trainer.head(None) as head, theirs.head(head):
             for rows in torch.arange(window.size(1)).split(ROWS_AT_ONCE):
                 a, b = trainer.logits(hidden[0][rows]).double(), theirs.logits(hidden[1][rows]).double()
                 largest = max(largest, float((a - b).abs().max().nan_to_num(float("inf"))))
@@ -174,7 +174,7 @@ def gap_to_top(logits: Tensor, chosen: Tensor) -> Tensor:
 
 def _continue(theirs: Borrowing, prompt: Tensor, new_tokens: int) -> list[int]:
     """Greedy continuation of `prompt` [1, s] by transformers' `generate`, as it stops."""
-    with theirs.head():
+    with theirs.head(None):
         generated: Tensor = theirs.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -194,7 +194,7 @@ def _agreed(trainer: Borrowing, prompt: Tensor, generated: list[int]) -> int:
     """
     ids = torch.cat([prompt, prompt.new_tensor([generated])], dim=1)
     hidden = trainer.hidden(ids)[0, prompt.size(1) - 1 : -1]
-    with trainer.head():
+    with trainer.head(None):
         gaps = gap_to_top(trainer.logits(hidden), torch.tensor(generated))
     wrong = (~(gaps <= TIE)).nonzero()
     return int(wrong[0]) if len(wrong) else len(generated)
