@@ -32,6 +32,7 @@ class DurableFile(io.RawIOBase):
     """
 
     described: dict[str, Any]
+    _descriptor = -1  # not opened: closing it then, as Python does with what it throws away, is nothing
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class DurableFile(io.RawIOBase):
 
     def close(self) -> None:
         """Wait for the rest, cut the last block's filling off, flush."""
-        if self.closed:
+        if self.closed or self._descriptor < 0:
             return
         try:
             self._hand_over()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import random
@@ -113,3 +114,12 @@ def test_an_error_of_the_caller_leaves_nothing_running(tmp_path: Path) -> None:
         raise KeyError
     assert file.closed and len(list(Path("/proc/self/fd").iterdir())) == files
     assert not hasattr(file, "described")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_old_file_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        DurableFile(tmp_path / "file")
+    gc.collect()  # what could not be opened complains of nothing when it is thrown away
+    assert (tmp_path / "file").read_bytes() == b"old"
