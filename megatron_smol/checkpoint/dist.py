@@ -8,13 +8,14 @@ tensors. checkpoint/convert.py calls both.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -37,6 +39,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_smol.checkpoint.durable import DurableFile
 from megatron_smol.checkpoint.progress import progress
 from megatron_smol.checkpoint.safe import check_metadata
 from megatron_smol.checkpoint.weights import Shape, Weight, map_name
@@ -155,25 +158,44 @@ def _places(stored: str, entry: TensorStorageMetadata) -> list[tuple[str, _Place
 
 def write_weights(
     folder: Path, weights: Sequence[Weight], layers: int, dtype: torch.dtype, read: Read
-) -> None:
-    """Write `read(weight.megatron)`, cast to `dtype`, of every weight as a distributed checkpoint in `folder`."""
-    bar, one_at_a_time = iter(progress(weights, "writing the checkpoint")), Lock()
+) -> dict[str, dict[str, Any]]:
+    """Write `read(weight.megatron)`, cast to `dtype`, of every weight as a distributed checkpoint in `folder`.
+
+    Returns what complete.json is to say of the file with the tensors, which is on the disk by then.
+    """
+    bar = iter(progress(weights, "writing the checkpoint"))
 
     def read_next(name: str) -> Tensor:
-        with one_at_a_time:
-            next(bar)
+        next(bar)
         return read(name)
 
-    writer = FileSystemWriter(folder, thread_count=_FILES, per_thread_copy_ahead=0)
+    # One file: its writing is spread over the cores already, and a tensor more would be held.
+    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+    writer.fs = files = _DurableFiles()
     with _without_crc32():
         save({}, storage_writer=writer, planner=_OneByOne(weights, layers, dtype, read_next), no_dist=True)
     next(bar, None)  # lets the bar go
     content = {"distrib_optim_sharding_type": "fully_reshardable"}  # as checkpoint/store.py
     torch.save({"content_metadata": content}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return files.described
 
 
-_FILES = 2  # written, and then hashed, side by side; as many tensors are held
+class _DurableFiles(FileSystem):
+    """Where torch's writer puts tensors: files that are hashed as they are written."""
+
+    def __init__(self) -> None:
+        self.described: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if not str(path).endswith(DEFAULT_SUFFIX):  # .metadata: small, renamed, and hashed with the rest
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with DurableFile(Path(path)) as file:
+            yield file
+        self.described[Path(path).name] = file.described
 
 
 @contextmanager

@@ -7,7 +7,8 @@ checkpoints (checkpoint/dist.py) and publishes nothing that checkpoint/verify.py
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,20 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_smol.checkpoint.progress import progress
-from megatron_smol.checkpoint.shards import INDEX, SHARD_SIZE, SINGLE, shards
-from megatron_smol.checkpoint.weights import Shape, Weight, join_weight, split_weight, weight_map
+from megatron_smol.checkpoint.shards import (
+    INDEX,
+    SHARD_SIZE,
+    SINGLE,
+    TORCH_DTYPES,
+    Place,
+    places,
+    write_shards,
+)
+from megatron_smol.checkpoint.weights import Weight, join_weight, split_weight, weight_map
 from megatron_smol.checkpoint.weights import megatron_tensors as megatron_tensors
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.schema import Model
@@ -64,11 +73,21 @@ def write_folder(
     shapes = {
         name: shape for weight in weights for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
     }
-    with shards(folder, shapes, dtype, max_shard_size) as put:
-        for weight in progress(weights, "writing safetensors"):
-            parts = split_weight(weight, read(weight.megatron), described.model, described.rope_interleaved)
-            for name, part in parts.items():
-                put(name, part.to("cpu", dtype))
+    source = {name: weight for weight in weights for name in weight.hf}
+    held: dict[str, Tensor] = {}  # parts whose turn in the file is later: at most those of a few weights
+    bar = iter(progress(list(shapes), "writing safetensors"))
+
+    def part(name: str) -> Tensor:
+        next(bar)
+        if name not in held:
+            weight = source[name]
+            whole = read(weight.megatron)
+            parts = split_weight(weight, whole, described.model, described.rope_interleaved)
+            held.update({name: part.to("cpu", dtype) for name, part in parts.items()})
+        return held.pop(name)
+
+    write_shards(folder, shapes, dtype, part, max_shard_size)
+    next(bar, None)  # lets the bar go
 
 
 def llama_config(described: Description, dtype: torch.dtype) -> dict[str, Any]:
@@ -129,57 +148,53 @@ class HfFolder:
         return cls(path, replace(described, rope_interleaved=rope_interleaved))
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """In which file each tensor is."""
+    def places(self) -> dict[str, Place]:
+        """Where each tensor is; CheckpointError for a folder whose files are not whole."""
         if (self.path / INDEX).is_file():
             index = _read_json(self.path / INDEX).get("weight_map", {})
-            return {name: self.path / file for name, file in index.items()}
+            found = {}
+            for file in sorted(set(index.values())):
+                inside = self._places(self.path / file)
+                for name in (name for name, where in index.items() if where == file):
+                    if name not in inside:
+                        raise CheckpointError(
+                            f"{self.path / file} lacks tensor {name}, which {INDEX} says is in it; fetch the "
+                            "whole model"
+                        )
+                    found[name] = inside[name]
+            return found
         if not (self.path / SINGLE).is_file():
             raise CheckpointError(
                 f"{self.path} has neither {SINGLE} nor {INDEX}; weights are read from safetensors only "
                 "(pickled .bin files can run code): save the model again with transformers"
             )
-        with self._reading(self.path / SINGLE) as file:
-            return dict.fromkeys(file.keys(), self.path / SINGLE)
+        return self._places(self.path / SINGLE)
+
+    def _places(self, file: Path) -> dict[str, Place]:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing, and {self.path / INDEX} lists it; fetch the whole model"
+            )
+        with _readable(file):
+            return places(file)
 
     def tensor(self, name: str) -> Tensor:
-        with self._reading(self.files[name]) as file:
-            found: Tensor = file.get_tensor(name)
-        return found
+        place = self.places[name]
+        self._require_known(place.dtype)
+        with _readable(place.file):
+            return place.read()
+
+    def _require_known(self, dtype: str) -> None:
+        if dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{self.path} has weights in {dtype}; allowed: {', '.join(TORCH_DTYPES)} (safetensors' names)"
+            )
 
     def trainer_tensor(self, weight: Weight) -> Tensor:
         """The trainer's tensor, put together from this folder's."""
         described = self.described
         parts = tuple(self.tensor(name) for name in weight.hf)
         return join_weight(weight, parts, described.model, described.rope_interleaved)
-
-    def _reading(self, file: Path) -> Any:
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file} is missing, and {self.path / INDEX} lists it; fetch the whole model"
-            )
-        try:
-            return safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read, it is cut off or damaged ({error}); fetch or export it again"
-            ) from error
-
-    @cached_property
-    def headers(self) -> dict[str, tuple[Shape, str]]:
-        """Shape and safetensors' dtype name of each tensor, without reading it."""
-        found = {}
-        for path in sorted(set(self.files.values())):
-            with self._reading(path) as file:
-                inside = set(file.keys())
-                for name in (name for name, where in self.files.items() if where == path):
-                    if name not in inside:
-                        raise CheckpointError(
-                            f"{path} lacks tensor {name}, which {INDEX} says is in it; fetch the whole model"
-                        )
-                    piece = file.get_slice(name)
-                    found[name] = (tuple(piece.get_shape()), str(piece.get_dtype()))
-        return found
 
     def require_all(self) -> None:
         """Refuse a folder whose tensors are not exactly those of the model its config.json describes."""
@@ -189,7 +204,7 @@ class HfFolder:
             for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
         }
         # A tied head may be stored as well, and old Llama files carry the angles of the rotary positions.
-        found = {n for n in self.headers if not n.endswith("rotary_emb.inv_freq")}
+        found = {n for n in self.places if not n.endswith("rotary_emb.inv_freq")}
         if self.described.model.tied_embeddings:
             found -= {HEAD}
         if missing := sorted(shapes.keys() - found):
@@ -203,14 +218,14 @@ class HfFolder:
                 "of this trainer (no biases, no adapters) has no place for"
             )
         for name, shape in shapes.items():
-            if (stored := self.headers[name][0]) != shape:
+            if (stored := self.places[name].shape) != shape:
                 raise CheckpointError(
                     f"{self.path}: {name} has shape {list(stored)}, its config.json means {list(shape)}"
                 )
         self._require_the_tied_head_to_be_the_embedding()
 
     def _require_the_tied_head_to_be_the_embedding(self) -> None:
-        if self.described.model.tied_embeddings and HEAD in self.headers:
+        if self.described.model.tied_embeddings and HEAD in self.places:
             head, table = self.tensor(HEAD), self.tensor(EMBEDDING)
             if head.shape != table.shape or not torch.equal(head, table):
                 raise CheckpointError(
@@ -221,12 +236,20 @@ class HfFolder:
     def dtype(self) -> torch.dtype:
         """bfloat16 when every weight is; else float32, which holds float16 and bfloat16 exactly."""
         names = {name for weight in weight_map(self.described.model) for name in weight.hf}
-        found = {self.headers[name][1] for name in names}
-        if unknown := found - {"F32", "BF16", "F16"}:
-            raise CheckpointError(
-                f"{self.path} has weights in {unknown.pop()}; allowed: F32, BF16, F16 (safetensors' names)"
-            )
+        found = {self.places[name].dtype for name in names}
+        for dtype in found:
+            self._require_known(dtype)
         return torch.bfloat16 if found == {"BF16"} else torch.float32
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read, it is cut off or damaged ({error}); fetch or export it again"
+        ) from error
 
 
 _FIXED = {

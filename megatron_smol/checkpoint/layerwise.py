@@ -27,6 +27,7 @@ from megatron_smol.model.precision import precision
 from megatron_smol.recipe.schema import Parallel
 
 Read = Callable[[str], Tensor]
+_ROWS_AT_ONCE = 1024  # of a table
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Borrowing:
     """A model in fp32 that holds no weights.
 
     hidden: ids [b, s] -> final hidden states [b, s, h], reading every layer once; head: keeps the output layer's
-    weight in memory for the block; logits: hidden states [rows, h] -> logits [rows, vocabulary] on the CPU.
+    weight in memory for the block and yields it, or the one that is given if it holds the same numbers (the largest
+    table of both models at once would be most of the gate's memory); logits: hidden states [rows, h] -> logits
+    [rows, vocabulary] on the CPU.
     """
 
     model: Any
     hidden: Callable[[Tensor], Tensor]
-    head: Callable[[], AbstractContextManager[Any]]
+    head: Callable[[Tensor | None], AbstractContextManager[Tensor]]
     logits: Callable[[Tensor], Tensor]
 
 
@@ -49,7 +52,7 @@ def trainer_model(described: Description, read: Read) -> Borrowing:
     device, tied = backend().device, described.model.tied_embeddings
 
     def weight(name: str) -> Tensor:
-        return read(map_name(name)).to(device, torch.float32)
+        return read(map_name(name)).to(device)
 
     _lend(gpt, weight, except_for=("output_layer",))
     embedding = gpt.embedding.word_embeddings
@@ -62,10 +65,10 @@ def trainer_model(described: Description, read: Read) -> Borrowing:
         out: Tensor = gpt.output_layer(rows.unsqueeze(1), weight=embedding.weight if tied else None)[0]
         return out.squeeze(1).cpu()
 
-    def head() -> AbstractContextManager[Any]:
+    def head(like: Tensor | None) -> AbstractContextManager[Tensor]:
         if tied:
-            return _borrowed(embedding, "embedding.word_embeddings.", weight)
-        return _borrowed(gpt.output_layer, "output_layer.", weight)
+            return _borrowed(embedding, "embedding.word_embeddings.", weight, like)
+        return _borrowed(gpt.output_layer, "output_layer.", weight, like)
 
     return Borrowing(gpt, hidden, head, logits)
 
@@ -94,13 +97,16 @@ def transformers_model(folder: HfFolder) -> Borrowing:
     tied = llama.config.tie_word_embeddings
 
     def weight(name: str) -> Tensor:
-        return folder.tensor(EMBEDDING if tied and name == HEAD else name).to(torch.float32)
+        if tied and name == EMBEDDING and not llama.lm_head.weight.is_meta:
+            head: Tensor = llama.lm_head.weight  # in memory while text is generated; tied is one table
+            return head
+        return folder.tensor(EMBEDDING if tied and name == HEAD else name)
 
     _lend(llama, weight, except_for=("lm_head",))
     return Borrowing(
         llama,
         hidden=lambda ids: llama.model(ids, use_cache=False).last_hidden_state,
-        head=lambda: _borrowed(llama.lm_head, "lm_head.", weight),
+        head=lambda like: _borrowed(llama.lm_head, "lm_head.", weight, like),
         logits=lambda rows: llama.lm_head(rows),
     )
 
@@ -130,7 +136,7 @@ def _empty_llama(folder: HfFolder) -> Any:
 
 def _require_every_weight(folder: HfFolder, wanted: dict[str, tuple[int, ...]]) -> None:
     """What from_pretrained would invent or ignore with a warning is an error."""
-    stored = {name: shape for name, (shape, _) in folder.headers.items()}
+    stored = {name: place.shape for name, place in folder.places.items()}
     ignored = {HEAD} if HEAD not in wanted else set()
     for kind, names in (
         ("lacks", wanted.keys() - stored),
@@ -165,23 +171,32 @@ def _lend(model: nn.Module, read: Read, except_for: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _borrowed(module: nn.Module, prefix: str, read: Read) -> Iterator[None]:
+def _borrowed(module: Any, prefix: str, read: Read, like: Tensor | None) -> Iterator[Tensor]:
     _give_memory_back()
-    _fill(module, prefix, read)
+    _fill(module, prefix, read, like)
     try:
-        yield
+        yield module.weight
     finally:
         _forget(module)
 
 
-def _fill(module: nn.Module, prefix: str, read: Read) -> None:
+def _fill(module: nn.Module, prefix: str, read: Read, like: Tensor | None = None) -> None:
     for name, parameter in list(module.named_parameters()):
         tensor = read(prefix + name)
         if tensor.shape != parameter.shape:
             raise CheckpointError(
                 f"{prefix}{name} has shape {list(tensor.shape)}, the model's is {list(parameter.shape)}"
             )
-        _put(module, name, tensor)
+        same = like is not None and _same_numbers(tensor, like)
+        _put(module, name, like if like is not None and same else tensor.to(torch.float32))
+
+
+def _same_numbers(stored: Tensor, other: Tensor) -> bool:
+    """Whether `stored`, as fp32, is `other`; a few rows at a time, as no copy of the whole may be made."""
+    if stored.shape != other.shape or stored.device != other.device:
+        return False
+    pairs = zip(stored.split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True)
+    return all(torch.equal(mine.to(other.dtype), theirs) for mine, theirs in pairs)
 
 
 def _forget(module: nn.Module) -> None:

@@ -25,7 +25,11 @@ from megatron_smol.train.state import versions
 
 @dataclass
 class Record:
-    """Filled while a conversion goes on. agreement: with equal weights on both sides; rounded: fp32 against bf16."""
+    """Filled while a conversion goes on.
+
+    agreement: with equal weights on both sides; rounded: fp32 against bf16; not_repeated: a first comparison that
+    disagreed, where there was a second.
+    """
 
     kind: Literal["export", "import"]
     source: str
@@ -34,6 +38,7 @@ class Record:
     dtype: str
     agreement: Agreement | None = None
     rounded: Agreement | None = None
+    not_repeated: Agreement | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
@@ -87,6 +92,7 @@ class Record:
             "tokenizer": {"name": words.name, "ids": words.vocab_size, "sha256": words.sha256},
             "compared": compared,
             "rounding_fp32_to_bf16": asdict(self.rounded) if self.rounded else None,
+            "first_comparison_that_disagreed": asdict(self.not_repeated) if self.not_repeated else None,
             "seconds": self.seconds,
             "peak_memory_bytes_at_the_end_of": self.peak_memory_bytes,
             "sha256": self._hashes(),
@@ -126,6 +132,12 @@ def _text(report: dict[str, Any]) -> str:
             f"  greedy continuation: {found['greedy_equal']} of {found['greedy_tokens']} tokens equal",
             "",
             *(f"  | {line}" for line in found["greedy_text"].splitlines()),
+        ]
+    if first := report["first_comparison_that_disagreed"]:
+        lines += [
+            "",
+            f"a comparison before that one disagreed: largest difference {first['largest_difference']:.2e}, "
+            f"{first['same_top']} of {first['tokens']} most likely tokens the same",
         ]
     if rounded := report["rounding_fp32_to_bf16"]:
         lines += [

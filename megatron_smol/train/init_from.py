@@ -114,7 +114,7 @@ def _check(found: Checkpoint | HfFolder, init: InitFrom, recipe: Recipe) -> dict
     tokenizer = load_tokenizer(recipe.tokenizer)
     if isinstance(found, HfFolder):
         known = load_tokenizer(found.path).sha256 if (found.path / "tokenizer.json").is_file() else None
-        files = sorted({found.path / "config.json", *found.files.values()})
+        files = sorted({found.path / "config.json", *(place.file for place in found.places.values())})
         origin: dict[str, Any] = {"sha256": {file.name: folder.sha256(file) for file in files}}
     else:
         verify_files(found.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -234,6 +235,32 @@ def test_a_wrong_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_difference_that_does_not_come_again_is_told_and_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def compare(*arguments: Any) -> Any:
+        found = _right_compare(*arguments)
+        seen.append(found if seen else replace(found, largest_difference=1.1e-4, largest_logit=10.5))
+        return seen[-1]
+
+    monkeypatch.setattr(convert, "compare", compare)
+    said: list[str] = []
+    to_hf(checkpoint, tmp_path / "hf", report=tmp_path / "r.json", say=said.append)
+    assert len(seen) == 2 and (tmp_path / "hf" / "config.json").is_file()
+    assert any("largest absolute difference 0.00011, allowed 0.0001" in line for line in said)
+    assert "the second comparison agrees: this machine did not compute the same twice" in said
+    kept = json.loads((tmp_path / "r.json").read_text())["first_comparison_that_disagreed"]
+    assert kept["largest_difference"] == 1.1e-4
+    assert "a comparison before that one disagreed: largest difference 1.10e-04" in (
+        (tmp_path / "r.txt").read_text()
+    )
+
+
+_right_compare = convert.compare
+
+
 def test_a_tokenizer_that_autotokenizer_reads_otherwise_stops_the_export(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +324,7 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hf, "shards", full)
+    monkeypatch.setattr(hf, "write_shards", full)
     with pytest.raises(
         CheckpointError, match=r"hf could not be written \(.*No space left.*\); nothing was left"
     ):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_smol.checkpoint import hf
 from megatron_smol.checkpoint.hf import HfFolder
-from megatron_smol.checkpoint.shards import SINGLE, shards
+from megatron_smol.checkpoint.shards import SINGLE, write_shards
 from megatron_smol.checkpoint.weights import (
     Weight,
     half_split,
@@ -129,9 +129,7 @@ def test_a_size_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_are_those_that_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {f"t{size}.é": torch.randn(size, 3).to(dtype) for size in (10, 1, 7)}
-    with shards(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, dtype) as put:
-        for name in reversed(tensors):
-            put(name, tensors[name])
+    write_shards(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, dtype, tensors.__getitem__)
     save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
     assert (tmp_path / SINGLE).read_bytes() == (tmp_path / "library").read_bytes()
 
