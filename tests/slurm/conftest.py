@@ -141,7 +141,7 @@ def user(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> Iterator[User]:
 def leftovers(cluster: Cluster) -> dict[int, list[object]]:
     """Ranks, launchers and files in memory, by node."""
     found: dict[int, list[object]] = {}
-    for node in range(1, cluster.nodes + 1):
+    for node in (node for node in range(1, cluster.nodes + 1) if f"node{node}" in cluster.daemons):
         processes = [
             *cluster.tasks(node),
             *cluster.running(node, b"slurm.leg"),
