@@ -172,7 +172,6 @@ def _lend(model: nn.Module, read: Read, except_for: tuple[str, ...]) -> None:
 
 @contextmanager
 def _borrowed(module: Any, prefix: str, read: Read, like: Tensor | None) -> Iterator[Tensor]:
-    _give_memory_back()
     _fill(module, prefix, read, like)
     try:
         yield module.weight
@@ -202,6 +201,7 @@ def _same_numbers(stored: Tensor, other: Tensor) -> bool:
 def _forget(module: nn.Module) -> None:
     for name, parameter in list(module.named_parameters()):
         _put(module, name, torch.empty_like(parameter, device="meta"))
+    _give_memory_back()
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -210,6 +210,6 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _give_memory_back() -> None:
-    """glibc keeps freed blocks of the size of a layer's weights for later; the largest table comes on top of them."""
+    """glibc keeps freed blocks of the size of a layer's weights for later, 185 MB of them for the 135M."""
     with suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
