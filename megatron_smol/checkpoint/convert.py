@@ -28,6 +28,7 @@ from megatron_smol.checkpoint.dist import StoredWeights
 from megatron_smol.checkpoint.folder import Checkpoint, read_checkpoint, verify_files
 from megatron_smol.checkpoint.hf import Description, HfFolder
 from megatron_smol.checkpoint.layerwise import Borrowing, trainer_model, transformers_model
+from megatron_smol.checkpoint.memory import freed_memory_is_kept
 from megatron_smol.checkpoint.publish import published, require_room, writing
 from megatron_smol.checkpoint.report import Record
 from megatron_smol.checkpoint.shards import SHARD_SIZE
@@ -89,7 +90,7 @@ def to_hf(
     with published(out, overwrite) as aside, record.kept_in(report, words):
         say(f"reading {source}: {described.model.parameters():,} parameters trained in {trained}")
         weights = weight_map(described.model)
-        with record.timed("converting"), _verified_meanwhile(source), writing(out):
+        with record.timed("converting"), freed_memory_is_kept(), _verified_meanwhile(source), writing(out):
             require_room(out, described.model.parameters() * hf.DTYPES[dtype].itemsize)
             stored = StoredWeights(source)
             stored.require(weights)
@@ -193,7 +194,7 @@ def from_hf(
         with record.kept_in(report, words):
             say(f"reading {source}: {described.model.parameters():,} parameters in {trained}")
             weights = weight_map(described.model)
-            with record.timed("converting"), writing(out):
+            with record.timed("converting"), freed_memory_is_kept(), writing(out):
                 require_room(out, described.model.parameters() * hf.DTYPES[trained].itemsize)
                 state = _imported_state(described, source, name, words.sha256, trained)
                 _write_checkpoint(aside, folder, hf.DTYPES[trained], state)

@@ -7,10 +7,9 @@ it runs and let go of them after. Nothing of the forward passes is written again
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_smol.checkpoint.hf import EMBEDDING, HEAD, Description, HfFolder
+from megatron_smol.checkpoint.memory import give_memory_back
 from megatron_smol.checkpoint.weights import map_name
 from megatron_smol.errors import CheckpointError
 from megatron_smol.model.backend import backend
@@ -201,15 +201,9 @@ def _same_numbers(stored: Tensor, other: Tensor) -> bool:
 def _forget(module: nn.Module) -> None:
     for name, parameter in list(module.named_parameters()):
         _put(module, name, torch.empty_like(parameter, device="meta"))
-    _give_memory_back()
+    give_memory_back()  # glibc keeps freed blocks of the size of a layer's weights: 185 MB of them for the 135M
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
-
-
-def _give_memory_back() -> None:
-    """glibc keeps freed blocks of the size of a layer's weights for later, 185 MB of them for the 135M."""
-    with suppress(AttributeError, OSError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
