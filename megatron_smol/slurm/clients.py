@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 from megatron_smol.errors import UserError
@@ -34,6 +35,19 @@ def answering(nodes: list[str]) -> list[str]:
     state = dict(rows)
     lost = ("down", "drain", "fail", "*", "reboot")
     return [node for node in nodes if not any(word in state.get(node, "down") for word in lost)]
+
+
+def most_automatic_requeues() -> int:
+    """How often Slurm itself requeues a job whose nodes it lost; it holds the job at the next one, until somebody
+    releases it (slurm.conf, SchedulerParameters, max_batch_requeue; 5 where it is not set)."""
+    found = re.search(r"max_batch_requeue=(\d+)", ask("scontrol", "show", "config"))
+    return int(found[1]) if found else 5
+
+
+def is_held(facts: dict[str, str]) -> bool:
+    """Whether a job of `job` waits for `scontrol release`."""
+    reason = facts.get("Reason", "").lower()
+    return facts.get("JobState") == "REQUEUE_HOLD" or "held" in reason or "jobhold" in reason
 
 
 def job(job_id: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ environment that sbatch made; settings of its own:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -113,16 +114,28 @@ class Leg:
         self.say(f"job {self.job}, restart {self.restart}, {where}, from {stands.name}")
         if stands.finished:
             return self._end(decide(Evidence(0, finished=True)), stands)
-        if [row.get("event") for row in legs.last_rows(self.run / legs.LEGS)[-1:]] == ["start"]:
-            self._alert(
-                "lost", "the leg before left no word: its node was lost, or it was killed", stands.name
-            )
+        rows = legs.last_rows(self.run / legs.LEGS)
+        if [row.get("event") for row in rows[-1:]] == ["start"]:
+            self._after_a_loss(rows, stands)
         while True:
             decision = self._attempt()
             self._alert(decision.action, decision.reason, legs.position(self.plan).name)
             if decision.action is not Action.RESTART or not self._again_in_place():
                 return self._end(decision, legs.position(self.plan))
             self.attempt += 1
+
+    def _after_a_loss(self, rows: list[dict[str, Any]], stands: legs.Position) -> None:
+        """Slurm requeued the job, which it does a few times only: said before it holds the job, when nobody looks."""
+        reason = "the leg before left no word: its node was lost, or it was killed"
+        with contextlib.suppress(UserError):
+            lost, most = legs.lost_legs(rows, self.job) + 1, clients.most_automatic_requeues()
+            if lost >= most - 2:
+                reason += (
+                    f"; that was {lost} times, and Slurm holds the job at {most} until somebody gives `scontrol release "
+                    f"{self.job}` (an administrator can raise SchedulerParameters=max_batch_requeue)"
+                )
+        self.say(reason)
+        self._alert("lost", reason, stands.name)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signalled.append(number)  # Slurm gives the same signal to the ranks, which save and leave

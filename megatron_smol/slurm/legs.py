@@ -6,6 +6,7 @@ leaves no end row; that is how one knows.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -77,6 +78,12 @@ def _parsed(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def lost_legs(rows: list[dict[str, Any]], job: str) -> int:
+    """Starts of this job that left no end: their node was lost, and Slurm requeued the job."""
+    events = [row["event"] for row in rows if row.get("job") == job and row.get("event") in ("start", "end")]
+    return sum(pair == ("start", "start") for pair in itertools.pairwise(events))
 
 
 def futile_legs(

@@ -26,6 +26,7 @@ RECENT_ROWS = 50
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 13
 INCIDENT_BYTES = 1 << 24  # rows with the documents of a large batch have some 100 kB
+HELD = "HELD"
 # A run is silent when nothing was written for so long: ten steps, at least two minutes.
 SILENT_STEPS, SILENT_SECONDS = 10, 120.0
 
@@ -167,6 +168,8 @@ def _state(
     if finished:
         return "finished"
     slurm = _slurm_state(job)
+    if slurm == HELD:
+        return f"held by Slurm (scontrol release {job})"
     if slurm in ("PENDING", "REQUEUED", "SUSPENDED", "CONFIGURING"):
         return slurm.lower()
     if slurm and slurm not in ("RUNNING", "COMPLETING"):
@@ -185,7 +188,8 @@ def _slurm_state(job: str | None) -> str | None:
     if job is None or shutil.which("scontrol") is None:
         return None
     try:
-        return clients.job(job)["JobState"]
+        facts = clients.job(job)
+        return HELD if clients.is_held(facts) else facts["JobState"]
     except (UserError, KeyError):
         return None
 

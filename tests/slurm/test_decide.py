@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smol.slurm.decide import Action, Evidence, decide
-from megatron_smol.slurm.legs import append_row, futile_legs, last_rows
+from megatron_smol.slurm.legs import append_row, futile_legs, last_rows, lost_legs
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,11 @@ def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
     assert [row["number"] for row in last_rows(path)] == list(range(100))
     tail = [row["number"] for row in last_rows(path, tail_bytes=200)]
     assert tail == list(range(100 - len(tail), 100)) and 1 < len(tail) < 10
+
+
+def test_legs_that_were_lost() -> None:
+    rows = [
+        {"event": event, "job": job}
+        for event, job in (("start", "7"), ("start", "7"), ("start", "8"), ("end", "7"), ("start", "7"), ("start", "7"))
+    ]  # fmt: skip
+    assert lost_legs(rows, "7") == 2 and lost_legs(rows, "8") == 0
