@@ -48,11 +48,14 @@ def position(plan: Plan) -> Position:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """One whole line, durable; several writers do not mix (O_APPEND)."""
+    """One whole line, durable; several writers do not mix (O_APPEND). A line that a full disk left torn keeps to itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (json.dumps({"at": round(time.time(), 3), **row}) + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        line = json.dumps({"at": round(time.time(), 3), **row}) + "\n"
+        os.write(descriptor, (torn * "\n" + line).encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -108,7 +108,7 @@ def open_run_folder(recipe: Recipe) -> None:
     if path.is_file() and published:
         before, now = _fixed_settings(load_recipe(path)), _fixed_settings(recipe)
         changed = [key for key, value in before.items() if now.get(key) != value]
-        changed += [key for key in now if key not in before and _is_lr(key)]
+        changed += [key for key in now if key not in before and _is_lr(key) and not _is_appended(key, before)]
         for key in changed:
             if not (_is_lr(key) and recipe.guard.lr_may_change):
                 hint = " (or allow it: guard.lr_may_change=true)" if _is_lr(key) else ""
@@ -120,6 +120,13 @@ def open_run_folder(recipe: Recipe) -> None:
             _record_changes(recipe, published[-1], {key: (before.get(key), now.get(key)) for key in changed})
     recipe.run_path.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_recipe(recipe))
+
+
+def _is_appended(key: str, before: dict[str, Any]) -> bool:
+    """Whether a setting is of a stage that the run did not have."""
+    return key.startswith("stages.") and key.split(".")[1] not in {
+        name for place, name in before.items() if place.startswith("stages[")
+    }
 
 
 def _is_lr(key: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megatron_smol.slurm.legs import last_rows
 from tests.slurm.cluster import ENDED, Cluster, missing
 from tests.slurm.table import FaultTable
 from tests.tiny import TinyRun, rows, write_recipe
@@ -93,7 +94,7 @@ class User:
 
     def legs(self, event: str = "end") -> list[dict[str, Any]]:
         log = self.run / "legs.jsonl"
-        return [row for row in rows(log) if row["event"] == event] if log.is_file() else []
+        return [row for row in last_rows(log, 1 << 30) if row["event"] == event]
 
     def lines(self) -> int:
         """Rows of metrics.jsonl: steps trained, and not yet taken back by a restart."""

@@ -84,6 +84,9 @@ def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"number": 10')
     assert [row["number"] for row in last_rows(path)] == list(range(100))
+    append_row(path, {"number": 100})
+    assert [row["number"] for row in last_rows(path)] == list(range(101))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:100]) + '{"number": 10')
     tail = [row["number"] for row in last_rows(path, tail_bytes=200)]
     assert tail == list(range(100 - len(tail), 100)) and 1 < len(tail) < 10
 
