@@ -149,8 +149,8 @@ class Leg:
         started = time.time()
         code, nodes = EXIT_RESTART_ME, []
         if not self._stop_file():
-            self._wait_for_room()
             try:
+                self._wait_for_room()
                 nodes = self._fit_nodes()
                 code = self._train(nodes) if nodes else 1
             except OSError as error:  # the run folder's disk is full, or away: as if a node were
