@@ -42,7 +42,7 @@ curation: install  ## all curation pipelines on real text from Debian's packages
 
 faults: install  ## kills, lost nodes, preemption, full disks, ...: under a real Slurm (root needed) and without, hours
 	FAULT_TRIALS=$(or $(TRIALS),all) FAULT_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/slurm tests/train tests/checkpoint tests/data
-	SAVE_KILLS=20 SAVE_HIDDEN=256 $(BIN)/python -m pytest -s tests/checkpoint/test_async_kills.py
+	SAVE_KILLS=25 SAVE_HIDDEN=256 $(BIN)/python -m pytest -s tests/checkpoint/test_save_kills.py
 
 punisher: install  ## two hours of faults, one every 60 to 120 s, done to one job under a real Slurm
 	PUNISH_SECONDS=7200 PUNISH_RESULT=bench/results/punisher.json $(BIN)/python -m pytest -s -m faults tests/slurm/test_punisher.py

@@ -4,6 +4,8 @@ Ours writes megatron-core's distributed format, hashes every file, flushes all o
 into place; loading checks the hashes first, as a resumed run does. The peer is the usual script with the same
 safety where it is cheap: one file, flushed, read with weights_only. On the wall, because disks are.
 
+The same save without its hashes, in turns with the save as it is, tells what they cost.
+
 Then a save beside training against one that training waits for, in turns: the stall is all the time spent in the trainer's
 calls, from the request to the publication; what steps lose meanwhile to the thread that writes is told apart from it.
 """
@@ -14,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,13 @@ from torch import Tensor
 
 from bench.common import Outcome, Seconds, Spread, Turns, run, say, take_turns, timed
 from bench.shape import build, describe
-from megatron_smol.checkpoint import folder, store
+from megatron_smol.checkpoint import durable, folder, store
 from megatron_smol.checkpoint.staging import Staging
 from megatron_smol.data.loader import MicroBatch
 from megatron_smol.train.step import Engine
 
 TURNS = 4
+HASH_TURNS = 12
 STALL_TURNS = 8
 STALL_GOAL = 0.10  # of the time of a save that training waits for
 
@@ -59,9 +63,17 @@ def measure() -> Outcome:
             TURNS,
             "wall",
         )
+        say(f"{HASH_TURNS} turns of save with and without hashes")
+        hashes = take_turns(
+            lambda: timed(lambda: store.save(engine, ours, _STATE, parameters)),
+            lambda: _without_hashes(lambda: store.save(engine, ours, _STATE, parameters)),
+            HASH_TURNS,
+            "wall",
+        )
+        store.save(engine, ours, _STATE, parameters)
         beside = _beside_training(engine, Path(where), parameters)
         size = {"ours": sum(f.stat().st_size for f in ours.iterdir()), "peer": peer.stat().st_size}
-    seconds = {what: _medians(turns) for what, turns in (("save", save), ("load", load))}
+    seconds = {what: _medians(turns) for what, turns in (("save", save), ("load", load), ("hashes", hashes))}
     return Outcome(
         ratio=save.ratio,
         ratio_of=f"seconds to save {parameters / 1e6:.0f}M parameters with optimizer state, hashed and durable",
@@ -73,12 +85,15 @@ def measure() -> Outcome:
             "save": save.to_json(),
             "load": {**load.to_json(), "ratio": load.ratio.to_json()},
             "of_our_load_verify_wall_seconds": [s.wall for s in verify],
+            "hashes": {**hashes.to_json(), "ratio": hashes.ratio.to_json()},
             "beside_training": beside,
         },
         settings=describe(recipe),
         notes=[
             f"load: ratio {load.ratio.median:.2f} (ours {seconds['load'][0]:.2f} s with the hashes checked, torch.load "
             f"{seconds['load'][1]:.2f} s without)",
+            f"hashes cost {1 - hashes.ratio.median:.1%} of a save ({seconds['hashes'][0]:.2f} s with, {seconds['hashes'][1]:.2f} s "
+            f"without; at most {1 - min(hashes.ratio.values):.1%} and at least {1 - max(hashes.ratio.values):.1%} in {HASH_TURNS} turns)",
             _told(beside),
         ],
     )
@@ -156,6 +171,23 @@ def _tensors(engine: Engine) -> dict[str, Tensor]:
             found[f"optimizer.{number}.param"] = parameter.detach()
             found |= {f"optimizer.{number}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
     return found
+
+
+class _NoHash:
+    def update(self, data: Any) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+def _without_hashes(save: Any) -> Seconds:
+    real = durable.hashlib
+    durable.hashlib = types.SimpleNamespace(sha256=_NoHash)  # type: ignore[assignment]
+    try:
+        return timed(save)
+    finally:
+        durable.hashlib = real
 
 
 def _torch_save(tensors: dict[str, Tensor], path: Path) -> None:

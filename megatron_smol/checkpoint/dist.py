@@ -37,9 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_smol.checkpoint.durable import DurableFile
+from megatron_smol.checkpoint.durable import DurableFile, without_crc32
 from megatron_smol.checkpoint.progress import progress
 from megatron_smol.checkpoint.safe import check_metadata
 from megatron_smol.checkpoint.weights import Shape, Weight, map_name
@@ -172,7 +171,7 @@ def write_weights(
     # One file: its writing is spread over the cores already, and a tensor more would be held.
     writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
     writer.fs = files = _DurableFiles()
-    with _without_crc32():
+    with without_crc32():
         save({}, storage_writer=writer, planner=_OneByOne(weights, layers, dtype, read_next), no_dist=True)
     next(bar, None)  # lets the bar go
     content = {"distrib_optim_sharding_type": "fully_reshardable"}  # as checkpoint/store.py
@@ -196,17 +195,6 @@ class _DurableFiles(FileSystem):
         with DurableFile(Path(path)) as file:
             yield file
         self.described[Path(path).name] = file.described
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """complete.json has the SHA-256 of every file: a second checksum of every tensor finds nothing more."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
 
 
 class _OneByOne(DefaultSavePlanner):

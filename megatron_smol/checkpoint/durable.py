@@ -4,7 +4,7 @@ Writing, then reading back to hash, then asking for a flush takes the disk's tim
 file in the page cache, where the kernel slows a writer down as soon as a fifth of the memory waits for the disk. Here
 the caller fills a block while one thread hashes the block before it and another has the disk fetch it from memory
 (O_DIRECT, no copy in the page cache), so a file takes the longest of the three and not their sum.
-checkpoint/dist.py and checkpoint/shards.py write weights through it.
+Saves of a run (checkpoint/saving.py) and conversions (checkpoint/dist.py, checkpoint/shards.py) write tensors through it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import hashlib
 import io
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from torch.serialization import get_crc32_options, set_crc32_options
 
 _BLOCK_BYTES, _BLOCKS = 8 << 20, 3  # one being filled, hashed and written each; 16 MB at once gained nothing
 _ALIGNMENT = 4096  # of what O_DIRECT takes: offsets, lengths and addresses, on every disk in use
@@ -143,3 +147,14 @@ def _go_through_the_cache(descriptor: int) -> bool:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
+
+
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """For torch.save into such a file: its SHA-256 is there, a second checksum of every tensor finds nothing more."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

@@ -3,7 +3,7 @@
 `store.begin_save` starts one; the trainer asks `finish` at every step. What happens where:
 
   the training thread, all ranks   copy the tensors (checkpoint/staging.py), plan who writes what
-  a thread of every rank           bring optimizer shards together, write and flush this rank's file, hash it
+  a thread of every rank           bring optimizer shards together, write this rank's file (checkpoint/durable.py)
   the training thread, all ranks   agree that every rank is done, exchange where each tensor lies
   a thread of rank 0               metadata, state.json, complete.json, rename into place, remove old checkpoints
   the training thread, all ranks   agree that it is published
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.agree import everywhere, together
+from megatron_smol.checkpoint.durable import DurableFile, without_crc32
 from megatron_smol.errors import NO_ROOM, CheckpointError
 
 _FELL_SHORT = (
@@ -154,10 +155,7 @@ class Saving:
         """(where this rank's tensors lie, its files' sizes and hashes)."""
         if complete is not None:
             complete()
-        results = self._strategy.writer.write()
-        return results, on_disk.describe_files(
-            self._writing, sorted({result.storage_data.relative_path for result in results})
-        )
+        return self._strategy.writer.write()
 
     def _publish(self, all_written: list[tuple[list[WriteResult], dict[str, Any]]]) -> None:
         self._strategy.writer.finish(self._strategy.metadata, [results for results, _ in all_written])
@@ -207,15 +205,13 @@ class _Writer(FileSystemWriterAsync):
         self._name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         self._items = [(item, planner.resolve_data(item)) for item in plan.items]
 
-    def write(self) -> list[WriteResult]:
-        """Returns where each tensor lies in the file, which is durable then; OSError and others as they come."""
+    def write(self) -> tuple[list[WriteResult], dict[str, dict[str, Any]]]:
+        """(where each tensor lies in the file, which is durable then; its size and hash); OSError and others as they come."""
         if not self._items:
-            return []
-        with (Path(self.checkpoint_dir) / self._name).open("wb") as stream:
+            return [], {}
+        with without_crc32(), DurableFile(Path(self.checkpoint_dir) / self._name) as stream:
             results = [self._write_one(stream, item, tensor) for item, tensor in self._items]
-            stream.flush()
-            os.fsync(stream.fileno())
-        return results
+        return results, {self._name: stream.described}
 
     def _write_one(self, stream: Any, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
         result: WriteResult = _write_item(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_smol.checkpoint import folder, store
+from megatron_smol.checkpoint import durable, folder, store
 from megatron_smol.checkpoint.staging import Staging
 from megatron_smol.errors import CheckpointError
 from tests import ranks
@@ -71,40 +71,25 @@ def _is_hit() -> bool:
 
 
 @contextmanager
-def _failing_stream(where: Path, number: int, after_bytes: int) -> Iterator[None]:
-    """Files of tensors that rank 1 opens fail once so many bytes are written."""
-    opened = Path.open
+def _failing_write(where: Path, number: int, after_bytes: int) -> Iterator[None]:
+    """Rank 1's files of tensors fail once so many bytes are written; the write before that is a short one, as a full
+    disk's is."""
+    real, block, left = os.pwrite, durable._BLOCK_BYTES, after_bytes
 
-    def open_failing(self: Path, *mode: Any, **more: Any) -> Any:
-        stream = opened(self, *mode, **more)
-        return _Failing(stream, number, after_bytes) if self.suffix == ".distcp" else stream
+    def failing(descriptor: int, data: Any, at: int) -> int:
+        nonlocal left
+        fits = min(len(data), left - left % 4096)
+        if not fits:
+            raise OSError(number, os.strerror(number))
+        left -= fits
+        return real(descriptor, data[:fits], at)
 
     if _is_hit():
-        Path.open = open_failing  # type: ignore[method-assign]
+        os.pwrite, durable._BLOCK_BYTES = failing, 16_384
     try:
         yield
     finally:
-        Path.open = opened  # type: ignore[method-assign]
-
-
-class _Failing:
-    def __init__(self, stream: Any, number: int, left: int) -> None:
-        self._stream, self._number, self._left = stream, number, left
-
-    def write(self, data: Any) -> int:
-        self._left -= len(data)
-        if self._left < 0:
-            raise OSError(self._number, os.strerror(self._number))
-        return int(self._stream.write(data))
-
-    def __enter__(self) -> _Failing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        os.pwrite, durable._BLOCK_BYTES = real, block
 
 
 @contextmanager
@@ -162,8 +147,8 @@ def _read_only(where: Path) -> Iterator[None]:
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
-    "EIO in a write": lambda where: _failing_stream(where, errno.EIO, 1000),
-    "ENOSPC late": lambda where: _failing_stream(where, errno.ENOSPC, 200_000),
+    "EIO in a write": lambda where: _failing_write(where, errno.EIO, 0),
+    "ENOSPC late": lambda where: _failing_write(where, errno.ENOSPC, 200_000),
     "EIO in fsync": lambda where: _fsync(where, _eio),
     "size limit": _size_limit,
     "slow": lambda where: _fsync(where, lambda: time.sleep(1)),

@@ -109,8 +109,9 @@ EVERY = 2  # steps from save to save
 LAYOUT = Layout(2)
 
 
-def training(where: str, steps: int, hidden: int) -> None:
-    """Train to `steps` from the newest checkpoint in `where`, saving beside training; each request leaves a file `asked-STEP`."""
+def training(where: str, steps: int, hidden: int, beside: bool = True) -> None:
+    """Train to `steps` from the newest checkpoint in `where`, saving beside training or waiting for each save; each request
+    leaves a file `asked-STEP`."""
     here = Path(where)
     running, staging, first = _engine(hidden), Staging(), 0
     if torch.distributed.get_rank() == 0:
@@ -131,6 +132,9 @@ def training(where: str, steps: int, hidden: int) -> None:
             if torch.distributed.get_rank() == 0:
                 (here / f"asked-{step + 1}").touch()
             under_way = begin(running, here / folder.checkpoint_name("one", step + 1), staging, step + 1)
+            if not beside:
+                under_way.finish()
+                under_way = None
     if under_way is not None:
         under_way.finish()
 

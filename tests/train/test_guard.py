@@ -48,36 +48,43 @@ def trained_rows(tiny: TinyRun) -> list[dict[str, Any]]:
 
 
 def test_what_is_not_finite_is_never_applied(tiny: TinyRun, other: TinyRun) -> None:
-    """At the first step and the last, in gradients, the loss and activations, on either rank: as if the recipe skipped them."""
+    """At the first step, the last and between, in gradients, the loss and activations, on either rank: as if the recipe
+    skipped them."""
+    longer = (
+        "stages.two.until=66 steps",
+        "lr.decay_start=40 steps",
+        "lr.decay_end=67 steps",
+        "save.every=20 steps",
+    )
     faults = (
         Fault("gradient", "one", 1, rank=1),
         Fault("loss", "two", 10, rank=0),
-        Fault("activation", "two", 12, rank=1),
+        Fault("activation", "two", 65, rank=1),
         Fault("gradient", "anneal", 6, rank=0, value=math.inf),
-        Fault("gradient", "long", 13, rank=1, value=-math.inf),
+        Fault("gradient", "long", 67, rank=1, value=-math.inf),
     )
-    assert run(tiny, *SKIP, faults=faults) == [0, 0], errors(tiny)
+    assert run(tiny, *SKIP, *longer, faults=faults) == [0, 0], errors(tiny)
     found = incidents(tiny)
     assert [(row["stage"], row["step"], row["decision"]) for row in found] == [
         ("one", 1, "skip"),
         ("two", 10, "skip"),
-        ("two", 12, "skip"),
+        ("two", 65, "skip"),
         ("anneal", 6, "skip"),
-        ("long", 13, "skip"),
+        ("long", 67, "skip"),
     ]
     assert [[entry["rank"] for entry in row["gradients"]] for row in found] == [[1], [0], [1], [0], [1]]
     assert found[0]["gradients"][0]["parameters"] == ["embedding.word_embeddings.weight"]
     assert [row["value"] for row in found] == ["nan", "nan", "nan", "inf", "inf"]
     assert "rank 1" in (tiny.run / "log.txt").read_text()
 
-    skipped = skip_steps(one=[[1, 1]], two=[[10, 10], [12, 12]], anneal=[[6, 6]], long=[[13, 13]])
-    assert run(other, *SHORT, skipped) == [0, 0], errors(other)
+    skipped = skip_steps(one=[[1, 1]], two=[[10, 10], [65, 65]], anneal=[[6, 6]], long=[[67, 67]])
+    assert run(other, *SHORT, *longer, skipped) == [0, 0], errors(other)
     assert not incidents(other)
-    assert tensors(tiny, LAST) == tensors(other, LAST), "weights and moments"
+    assert tensors(tiny, "long-00000067") == tensors(other, "long-00000067"), "weights and moments"
     assert trained_rows(tiny) == trained_rows(other)
     assert ledger(tiny) == ledger(other)
-    # The last lineage is one, two up to step 9, and long: what other stages skipped is not in it.
-    assert sum(ledger(tiny).skipped_tokens().values()) == 8 * 32 + 4 * 64
+    # The last lineage is one, two up to step 63, and long: what other stages skipped is not in it.
+    assert sum(ledger(tiny).skipped_tokens().values()) == 2 * 8 * 32 + 4 * 64
 
 
 def test_an_incident_names_the_documents_of_its_batch(tiny: TinyRun) -> None:
