@@ -18,13 +18,15 @@
 
 # --- site: change these -----------------------------------------------------------------------------------------
 SUITE=${SUITE:-early-signal}           # smollm2-base, smollm2-instruct
+TASKS=${TASKS:-}                       # in place of a suite, such as arc_easy,piqa
 VENV=${VENV:-.venv}
 OPTIONS=${OPTIONS:-}                   # such as "--data-dir /scratch/$USER/evals" where compute nodes have no network
 # -----------------------------------------------------------------------------------------------------------------
 set -euo pipefail
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then    # the job: one checkpoint
-  exec "$VENV/bin/smol" eval "$1" --suite "$SUITE" $OPTIONS
+  if [ -n "$TASKS" ]; then asked=(--tasks "$TASKS"); else asked=(--suite "$SUITE"); fi
+  exec "$VENV/bin/smol" eval "$1" "${asked[@]}" $OPTIONS
 fi
 
 [ $# -gt 0 ] || { echo "usage: bash examples/eval.sh RUN | CHECKPOINT..." >&2; exit 2; }
@@ -33,6 +35,6 @@ for model in "$@"; do
   checkpoints=$model
   if [ -d "$model/checkpoints" ]; then checkpoints=$("$VENV/bin/smol" eval "$model" --stages --list); fi
   while IFS= read -r checkpoint; do
-    SUITE=$SUITE VENV=$VENV OPTIONS=$OPTIONS sbatch --export=ALL "$0" "$checkpoint"
+    SUITE=$SUITE TASKS=$TASKS VENV=$VENV OPTIONS=$OPTIONS sbatch --export=ALL "$0" "$checkpoint"
   done <<< "$checkpoints"
 done
