@@ -23,6 +23,8 @@ from tests.train.test_run import weights_of
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPT = REPOSITORY / "examples/smollm2_1.7b.sh"
+# PYTHONPATH of ranks that shall be changed: tests/slurm/inside/sitecustomize.py.
+INSIDE = f"{REPOSITORY}/tests/slurm/inside:{REPOSITORY}"
 EVERY = 20
 # Long enough to be interrupted in: the second stage takes some seconds.
 # The learning rate falls to its end, so that every step moves the weights.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smol.checkpoint.folder import WRITING
 from tests.slurm.conftest import LONG, User
 from tests.slurm.strikes import Strike, finish, struck, to_nodes
 from tests.slurm.table import FaultTable, Trial, trials
@@ -36,6 +37,26 @@ def test_kill_9_of_a_rank(user: User, whole: TinyRun, table: FaultTable) -> None
     made = struck(user, whole, trials(20), kill)
     table.add(
         "`kill -9` of a random rank at a random moment",
+        "`training was ended by SIGKILL; ... goes on`",
+        "equal",
+        made,
+    )
+
+
+def test_kill_9_in_a_save(user: User, whole: TinyRun, table: FaultTable) -> None:
+    """Of a random rank, at a random moment of the next save."""
+    chance = random.Random(2)
+
+    def kill(job: int) -> None:
+        checkpoints = user.run / "checkpoints"
+        user.until(lambda: user.is_over(job) or any(checkpoints.glob(f"{WRITING}*")), "save")
+        time.sleep(chance.uniform(0, 0.1))
+        if ranks := user.ranks(job):
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+
+    made = struck(user, whole, trials(20), kill)
+    table.add(
+        "`kill -9` of a random rank while a checkpoint is written",
         "`training was ended by SIGKILL; ... goes on`",
         "equal",
         made,

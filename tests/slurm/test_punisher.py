@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import User, assert_nothing_lost
+from tests.slurm.conftest import INSIDE, User, assert_nothing_lost
 from tests.slurm.punisher import Punisher
 from tests.tiny import TinyRun, write_recipe
 
@@ -45,7 +45,7 @@ def test_a_punished_run_ends_as_one_that_nobody_touched(
     job = user.submit(
         "--time=1440",
         overrides=f"{OVERRIDES} run_dir={user.run}",
-        PYTHONPATH=f"{Path(__file__).parent / 'paced'}:{Path(__file__).parent.parent.parent}",
+        PYTHONPATH=INSIDE,
         TEST_PACE=str(pace),
         PREFLIGHT="1",
         PREFLIGHT_SECONDS="60",

@@ -131,7 +131,7 @@ def _train(rank: int, path: str, overrides: Any, faults: Any, folder: Path, erro
         recipe = load_recipe(Path(path), list(overrides))
         stop = StopFlag(recipe.run_path)
         stop.install()
-        _install([fault for fault in faults if fault.rank == rank], folder)
+        install([fault for fault in faults if fault.rank == rank], folder)
         return train(recipe, stop)
     except UserError as found:
         error.write_text(str(found))
@@ -141,7 +141,7 @@ def _train(rank: int, path: str, overrides: Any, faults: Any, folder: Path, erro
         return 1
 
 
-def _install(faults: list[Fault], folder: Path) -> None:
+def install(faults: list[Fault], folder: Path) -> None:
     """Put faults between the package's functions: after backward, before ranks reduce their gradients."""
     from megatron_smol.train import guard as guard_module
     from megatron_smol.train import step as step_module
