@@ -111,7 +111,8 @@ def _print_status(found: Status) -> None:
             "goodput", f"{found.goodput:.1%} = kept steps x mean step time / time since the first start"
         )
     skipped = format_tokens(found.skipped_tokens)
-    table.add_row("incidents", f"{found.incidents} ({found.hangs} hangs), {skipped} tokens skipped")
+    kinds = f"{found.hangs} hangs, {found.lost_ranks} lost ranks"
+    table.add_row("incidents", f"{found.incidents} ({kinds}), {skipped} tokens skipped")
     if found.stragglers:
         table.add_row("slow", ", ".join(found.stragglers))
     table.add_row("last incident", found.last_incident or "none")

@@ -54,6 +54,7 @@ class Status:
     last_incident: str | None
     incidents: int
     hangs: int
+    lost_ranks: int
     stragglers: list[str]
     skipped_tokens: int
 
@@ -99,6 +100,7 @@ def status(run: Path) -> Status:
         last_incident=_last_incident(incidents, legs),
         incidents=len(incidents),
         hangs=sum(str(row.get("what")).startswith("hang") for row in incidents),
+        lost_ranks=sum(row.get("what") == "lost rank" for row in incidents),
         stragglers=list(slow),
         skipped_tokens=_skipped_tokens(run),
     )

@@ -142,7 +142,8 @@ class Watchdog(Hook):
         if verdict.moving or pulse != (self._pulse.phase, self._pulse.since):
             return  # slow, not hanging
         if verdict.teller == self._rank:
-            self._tell(verdict, f"no progress for {time.monotonic() - self._pulse.since:.0f} s")
+            hang = "hang" if verdict.lagging else "hang of all ranks"
+            self._tell(verdict, hang, f"no progress for {time.monotonic() - self._pulse.since:.0f} s")
         else:
             time.sleep(4 * self._interval)  # let the teller write
         for beat in verdict.silent:
@@ -156,7 +157,8 @@ class Watchdog(Hook):
         with contextlib.suppress(OSError):
             verdict = self._look_around()
             if verdict.teller == self._rank and verdict.lagging:
-                self._tell(verdict, what)
+                gone = all(beat in verdict.silent for beat in verdict.lagging)
+                self._tell(verdict, "lost rank" if gone else "hang", what)
 
     def _look_around(self) -> Verdict:
         with self._alone:
@@ -168,9 +170,9 @@ class Watchdog(Hook):
                 self._publish()
             return judge(first, read_beats(self._folder, self._world))
 
-    def _tell(self, verdict: Verdict, what: str) -> None:
+    def _tell(self, verdict: Verdict, what: str, seen: str) -> None:
         """Log, terminal and incidents.jsonl."""
-        reason = f"{what}: {said(verdict)} ({verdict.why}); stacks of all ranks are in {self._folder}"
+        reason = f"{seen}: {said(verdict)} ({verdict.why}); stacks of all ranks are in {self._folder}"
         lines = [f"!! {reason}"]
         for beat in verdict.lagging[:2]:
             if beat not in verdict.silent:
@@ -178,18 +180,13 @@ class Watchdog(Hook):
         with (self._run / "log.txt").open("a") as log:
             log.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines)
         print("\n".join(lines), file=sys.stderr, flush=True)
-        first = verdict.lagging[0] if verdict.lagging else None
         place = {"stage_index": self._pulse.stage_index, "step": self._pulse.step + 1}
         ranks = [
             {"rank": b.rank, "host": b.host, "phase": b.phase, "step": b.step + 1, "where": b.where}
             for b in verdict.lagging
         ]
-        row = place | {
-            "what": "hang" if first else "hang of all ranks",
-            "decision": "restart",
-            "reason": reason,
-        }
-        write_incident(self._run, row | {"ranks": ranks})
+        row = place | {"what": what, "decision": "restart", "reason": reason, "ranks": ranks}
+        write_incident(self._run, row)
 
     def _write_stacks(self, what: str) -> None:
         with contextlib.suppress(OSError):

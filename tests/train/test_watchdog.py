@@ -31,8 +31,16 @@ def until_line(tiny: TinyRun, lines: int, seconds: float = 240) -> None:
 def hung(tiny: TinyRun) -> dict[str, Any]:
     """The one row that tells of the hang."""
     (row,) = [row for row in incidents(tiny) if row["decision"] == "restart"]
-    assert row["reason"] in (tiny.run / "log.txt").read_text()
+    assert row["reason"] in (tiny.run / "log.txt").read_text() and row["what"] == "hang"
     return row
+
+
+def test_a_rank_that_is_gone_is_named(tiny: TinyRun) -> None:
+    """The other one fails in a collective, and says whom it waited for."""
+    codes = run(tiny, *SHORT, faults=(Fault("kill", "two", 8),))
+    assert codes[1] == -9 and codes[0] != 0, errors(tiny)
+    (row,) = [row for row in incidents(tiny) if row["decision"] == "restart"]
+    assert row["what"] == "lost rank" and [entry["rank"] for entry in row["ranks"]] == [1]
 
 
 def test_a_stopped_rank_is_named_and_ended(tiny: TinyRun) -> None:
