@@ -37,7 +37,7 @@ test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
 	$(BIN)/python -m bench
 
-curation: install  ## all curation pipelines on real text from Debian's packages (about an hour; ARGS="--share 0.02" to try)
+curation: install  ## all curation pipelines on real text from Debian's packages (one to two hours; ARGS="--share 0.02" to try)
 	$(BIN)/python -m bench.curation $(ARGS)
 
 faults: install  ## kills, lost nodes, preemption, full disks, ...: under a real Slurm (root needed) and without, hours

@@ -2,7 +2,7 @@
 
 Fetches 310 MB of Debian 12's and PyPI's packages (nothing is installed), packs them, trains classifiers, runs every shipped
 pipeline, tokenizes and trains on what is left, plants duplicates and leaks, kills a pipeline ten times, and lets
-SmolLM2-135M-Instruct annotate and converse. Takes about an hour of two cores and 6 GB of disk. Each step's result is
+SmolLM2-135M-Instruct annotate and converse. Takes one to two hours of two cores and 6 GB of disk. Each step's result is
 kept: ended and given again, the command goes on with the step that it was in.
 """
 

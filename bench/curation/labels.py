@@ -124,7 +124,7 @@ def _asked(
     except RunError as error:
         if "not one document got a score" not in str(error):
             raise
-        return [], str(error).splitlines()[-1:]
+        return [], [str(error).split("error: ")[-1].split(";")[0]]
     return list(rows_of(output)), said.strip().splitlines()[:4]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,14 @@ def _carry_out(place: Place, settings: dict[str, Any], output: Path) -> dict[str
     card = json.loads((output / "card.json").read_text())
     first = card["funnel"][0]
     documents = list(rows_of(output / "documents"))
+    dropped: Counter[str] = Counter()
+    for row in card["funnel"][1:]:
+        dropped[row["step"]] += row["dropped"]
     return {
         "read_documents": first["kept"], "read_megabytes": first["characters_kept"] / 1e6,
         "not_read": first["reasons"], "kept_documents": len(documents),
         "kept_megabytes": sum(len(row["text"]) for row in documents) / 1e6, "seconds": seconds,
-        "dropped": {row["step"]: row["dropped"] for row in card["funnel"][1:]},
+        "dropped": dict(dropped),
     }  # fmt: skip
 
 

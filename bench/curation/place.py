@@ -97,7 +97,8 @@ class Place:
 
     def keep(self, step: str, facts: dict[str, Any]) -> None:
         (self.folder / "found").mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "found" / f"{step}.json", json.dumps(facts, indent=1) + "\n")
+        told = json.dumps(facts, indent=1).replace(f"{self.folder}/", "")  # where it lay is nobody's business
+        write_whole(self.folder / "found" / f"{step}.json", told + "\n")
 
     def forget(self, step: str) -> None:
         (self.folder / "found" / f"{step}.json").unlink(missing_ok=True)

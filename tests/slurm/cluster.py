@@ -394,3 +394,12 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def describe(pid: int) -> str:
+    """For a person: what the process is and in which state (T: stopped, D: in the kernel, Z: gone, not reaped)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "gone by now"
+    return f"{pid} {state} {_command(pid).replace(bytes(1), b' ').decode(errors='replace')[:200]}"

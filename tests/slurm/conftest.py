@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_smol.slurm.legs import last_rows
-from tests.slurm.cluster import ENDED, Cluster, missing
+from tests.slurm.cluster import ENDED, Cluster, describe, missing
 from tests.slurm.table import FaultTable
 from tests.tiny import TinyRun, rows, write_recipe
 from tests.train.test_run import weights_of
@@ -150,7 +150,7 @@ def leftovers(cluster: Cluster) -> dict[int, list[object]]:
             *cluster.running(node, b"slurm.leg"),
             *cluster.running(node, b"srun"),
         ]
-        found[node] = [*processes, *cluster.left_in_memory(node)]
+        found[node] = [*map(describe, processes), *cluster.left_in_memory(node)]
     return {node: things for node, things in found.items() if things}
 
 
