@@ -31,7 +31,7 @@ demo-real: install  ## the real SmolLM2-135M: import, ten steps, export, SFT, ch
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash examples/demo_real.sh
 
 # Two files at a time: many tests wait for processes that they started. More would starve the ranks on a small machine.
-test: install  ## all tests (about 17 minutes on 2 cores; TESTS=tests/data for a part)
+test: install  ## all tests (about 15 minutes on 2 cores; TESTS=tests/data for a part)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
