@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_smol.checkpoint.folder import WRITING
 from tests.slurm.conftest import LONG, User, assert_nothing_lost
 from tests.slurm.table import Trial
 from tests.tiny import TinyRun, rows
@@ -73,6 +74,19 @@ def random_moment(user: User, job: int, chance: random.Random) -> bool:
         wanted = user.lines() + chance.randint(1, 25)
         user.until(lambda: user.is_over(job) or user.lines() >= wanted, f"line {wanted}")
     return not user.is_over(job)
+
+
+def until_saving(user: User, job: int) -> Path | None:
+    """Wait for the next save to begin; the folder it writes into, or None when the run is over before."""
+    checkpoints = user.run / "checkpoints"
+    before, limit, looks = set(checkpoints.glob(f"{WRITING}*")), time.monotonic() + 120, 0  # of a killed leg
+    while not (new := set(checkpoints.glob(f"{WRITING}*")) - before):
+        looks += 1
+        if looks % 500 == 0 and user.is_over(job):  # asking Slurm takes as long as a save of so small a model
+            return None
+        assert time.monotonic() < limit, f"no save in 120 s; the log: {user.log(job)[-3000:]}"
+        time.sleep(0.001)
+    return new.pop()
 
 
 def finish(user: User, job: int, whole: TinyRun) -> None:

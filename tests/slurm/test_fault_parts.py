@@ -14,7 +14,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import LONG, REPOSITORY, User
-from tests.slurm.strikes import finish, struck, to_nodes
+from tests.slurm.strikes import finish, struck, to_nodes, until_saving
 from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun
 
@@ -87,10 +87,7 @@ def test_signals_during_a_save(user: User, whole: TinyRun, table: FaultTable) ->
     for _ in range(trials(3)):
         job = user.submit(overrides=LONG)
         user.until_line(12)
-        limit = time.monotonic() + 120
-        while not list((user.run / "checkpoints").glob(".writing-*")):
-            assert time.monotonic() < limit and not user.is_over(job)
-            time.sleep(0.001)
+        assert until_saving(user, job)
         at = time.monotonic()
         for _ in range(2):
             user.cluster.usr1(job)

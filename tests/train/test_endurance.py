@@ -23,10 +23,11 @@ def resident_kb(pid: int) -> int:
 
 @pytest.mark.faults
 def test_nothing_grows(tiny: TinyRun) -> None:
-    """Memory after the first tenth less than 1 %, open files not at all; copies of weights are compared every 50 steps."""
+    """Memory after the first tenth less than 1 %, open files not at all. 200 saves: the first dozens make malloc keep some more
+    for their threads, which looks like a leak in a run with few."""
     shape = (
         "eval.windows_per_source=0", "stages.one.until=2 steps", f"stages.two.until={STEPS} steps",
-        "stages.anneal.from.before_end=0 steps", "save.every=500 steps", "guard.replica_check=50",
+        "stages.anneal.from.before_end=0 steps", "save.every=50 steps", "guard.replica_check=50",
         "parallel.distributed_optimizer=false", "lr.decay_start=9000 steps", f"lr.decay_end={STEPS} steps",
     )  # fmt: skip
     processes = launch(tiny, *shape)
