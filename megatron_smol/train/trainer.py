@@ -99,13 +99,17 @@ class Trainer:
         return finished
 
     def newest_checkpoint(self) -> folder.Checkpoint | None:
-        """The newest whole one, the same on all ranks; waits for a save under way."""
+        """The newest whole one, the same on all ranks; waits for a save under way.
+
+        Clears what a kill between publishing and pruning left: the next save must find the room it was promised.
+        """
         self.pulse.mark(STARTING)
         self.finish_saving()
         chosen: list[str | None] = [None]
         with together("looking for a checkpoint", only_rank=0) as mine:
             if mine and (found := folder.choose_newest(self.checkpoints, warn=self.say)):
                 chosen[0] = str(found.path)
+                self._remove_old_checkpoints()
         torch.distributed.broadcast_object_list(chosen, 0)
         return folder.read_checkpoint(Path(chosen[0])) if chosen[0] else None
 

@@ -19,9 +19,10 @@ SAVING = """
 import sys, os
 from pathlib import Path
 from megatron_smol.checkpoint import folder
-where, saves, keep, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
+where, saves, keep, size, die_before_pruning = Path(sys.argv[1]), *map(int, sys.argv[2:])
 folder.remove_unfinished(where)
 found = folder.choose_newest(where)
+folder.prune(where, keep, set())
 print("started", flush=True)
 for step in range(found.step + 1 if found else 1, saves + 1):
     writing = where / f"{folder.WRITING}{step}-{os.getpid()}"
@@ -30,12 +31,31 @@ for step in range(found.step + 1 if found else 1, saves + 1):
     (writing / "weights").write_bytes(os.urandom(size << 20))
     final = where / folder.checkpoint_name("one", step)
     folder.publish(writing, final, folder.describe_files(writing, [folder.STATE, "weights"]))
+    if step == die_before_pruning:
+        os.kill(os.getpid(), 9)
     folder.prune(where, keep, set())
 """
 
 
+def saving(folder: Path, die_before_pruning: int = 0) -> list[str]:
+    numbers = (SAVES, KEEP, MEGABYTES, die_before_pruning)
+    return [sys.executable, "-c", SAVING, str(folder), *map(str, numbers)]
+
+
+def used(folder: Path) -> float:
+    """In checkpoints, whole or not."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / (MEGABYTES << 20)
+
+
+def test_killed_between_publishing_and_pruning_again_and_again(tmp_path: Path) -> None:
+    for step in range(KEEP + 1, KEEP + 5):
+        done = subprocess.run(saving(tmp_path, step), env=environment(), stdout=subprocess.DEVNULL)
+        assert done.returncode == -signal.SIGKILL
+        assert KEEP + 1 <= used(tmp_path) <= KEEP + 1.01, f"killed after publishing step {step}"
+
+
 def test_killed_at_random_there_is_always_a_whole_one_and_room(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SAVING, str(tmp_path), str(SAVES), str(KEEP), str(MEGABYTES)]
+    command = saving(tmp_path)
     chance, kills, most, reached = random.Random(9), 0, 0.0, 0
     while kills < KILLS:
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -43,8 +63,7 @@ def test_killed_at_random_there_is_always_a_whole_one_and_room(tmp_path: Path) -
         time.sleep(chance.uniform(0, 0.15))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-        used = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-        most = max(most, used / (MEGABYTES << 20))
+        most = max(most, used(tmp_path))
         published = folder.list_checkpoints(tmp_path)
         for one in published:
             folder.verify_files(one.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -168,9 +169,20 @@ def test_exit_code_of_a_signal_asks_for_a_restart(tiny: TinyRun) -> None:
 
 def test_a_finished_run_says_so_and_does_nothing(whole: TinyRun) -> None:
     before = (whole.run / "metrics.jsonl").read_text()
+    kept = sorted((whole.run / "checkpoints").iterdir())
+    left_by_a_kill = a_checkpoint_of(whole.run / "checkpoints", step=2)
     done = whole.train(ranks=2)
     assert done.returncode == 0 and "all 4 stages are done" in done.stdout
     assert (whole.run / "metrics.jsonl").read_text() == before
+    assert sorted((whole.run / "checkpoints").iterdir()) == kept, f"{left_by_a_kill} is one too many"
+
+
+def a_checkpoint_of(checkpoints: Path, step: int) -> Path:
+    """One that was published, whose killed process had no time to remove it."""
+    found = shutil.copytree(checkpoints / "one-00000004", checkpoints / f"one-{step:08d}")
+    state = json.loads((found / "state.json").read_text())
+    (found / "state.json").write_text(json.dumps(state | {"step": step}))
+    return found
 
 
 def test_precision_changes_at_a_stage_boundary_and_survives_a_kill(whole: TinyRun, tiny: TinyRun) -> None:
