@@ -109,7 +109,7 @@ def to_hf(
 
 @contextmanager
 def _verified_meanwhile(checkpoint: Path) -> Iterator[None]:
-    """Compare the files' SHA-256 on another core; a damaged file is told as such, whatever it led to."""
+    """Compare the files' checksums on another core; a damaged file is told as such, whatever it led to."""
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(verify_files, checkpoint)
         try:

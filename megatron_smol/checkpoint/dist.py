@@ -181,14 +181,16 @@ def write_weights(
 
 
 class _DurableFiles(FileSystem):
-    """Where torch's writer puts tensors: files that are hashed as they are written."""
+    """Where torch's writer puts tensors: files whose checksum is taken as they are written."""
 
     def __init__(self) -> None:
         self.described: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        if not str(path).endswith(DEFAULT_SUFFIX):  # .metadata: small, renamed, and hashed with the rest
+        if not str(path).endswith(
+            DEFAULT_SUFFIX
+        ):  # .metadata: small, renamed, and its checksum taken with the rest
             with super().create_stream(path, mode) as stream:
                 yield stream
             return

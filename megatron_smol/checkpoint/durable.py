@@ -1,9 +1,9 @@
-"""Large files written once, from beginning to end: hashed on the way, on the disk when they are closed.
+"""Large files written once, from beginning to end: a checksum is taken on the way, they are on the disk when closed.
 
-Writing, then reading back to hash, then asking for a flush takes the disk's time after the processor's and holds the
+Writing, then reading back for the checksum, then asking for a flush takes the disk's time after the processor's and holds the
 file in the page cache, where the kernel slows a writer down as soon as a fifth of the memory waits for the disk. Here
-the caller fills a block while one thread hashes the block before it and another has the disk fetch it from memory
-(O_DIRECT, no copy in the page cache), so a file takes the longest of the three and not their sum.
+the caller fills a block while a thread has the disk fetch the block before it from memory (O_DIRECT, no copy in the page
+cache), so a file takes the longer of the two and not their sum.
 Saves of a run (checkpoint/saving.py) and conversions (checkpoint/dist.py, checkpoint/shards.py) write tensors through it.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import io
 import mmap
 import os
@@ -22,9 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import xxhash
 from torch.serialization import get_crc32_options, set_crc32_options
 
-_BLOCK_BYTES, _BLOCKS = 8 << 20, 3  # one being filled, hashed and written each; 16 MB at once gained nothing
+from megatron_smol.checkpoint.folder import CHECKSUM
+
+_BLOCK_BYTES, _BLOCKS = 8 << 20, 3  # one being filled, one written, one waiting; 16 MB at once gained nothing
 _ALIGNMENT = 4096  # of what O_DIRECT takes: offsets, lengths and addresses, on every disk in use
 
 
@@ -41,12 +43,11 @@ class DurableFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._descriptor = _open_past_the_cache(path)
-        self._hash = hashlib.sha256()
+        self._checksum = xxhash.xxh3_128()
         self._blocks = [mmap.mmap(-1, _BLOCK_BYTES) for _ in range(_BLOCKS)]  # at the beginning of a page
-        self._busy: list[list[Future[None]]] = [[] for _ in self._blocks]
+        self._busy: list[Future[None] | None] = [None for _ in self._blocks]
         self._current = self._filled = self._position = 0
-        # One thread each: both take the blocks in order.
-        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writing = ThreadPoolExecutor(1)
 
     def writable(self) -> bool:
         return True
@@ -80,7 +81,7 @@ class DurableFile(io.RawIOBase):
                 self._wait_for(block)
             os.ftruncate(self._descriptor, self._position)
             os.fsync(self._descriptor)
-            self.described = {"bytes": self._position, "sha256": self._hash.hexdigest()}
+            self.described = {"bytes": self._position, CHECKSUM: self._checksum.hexdigest()}
         finally:
             self._release()
 
@@ -95,21 +96,16 @@ class DurableFile(io.RawIOBase):
     def _hand_over(self) -> None:
         block, size = self._blocks[self._current], self._filled
         at = self._position - size
-        self._busy[self._current] = [
-            self._hashing.submit(self._digest, block, size),
-            self._writing.submit(self._put, block, size, at),
-        ]
+        with memoryview(block) as view:
+            self._checksum.update(view[:size])
+        self._busy[self._current] = self._writing.submit(self._put, block, size, at)
         self._current, self._filled = (self._current + 1) % _BLOCKS, 0
         self._wait_for(self._current)
 
     def _wait_for(self, block: int) -> None:
-        for work in self._busy[block]:
+        if work := self._busy[block]:
             work.result()
-        self._busy[block] = []
-
-    def _digest(self, block: mmap.mmap, size: int) -> None:
-        with memoryview(block) as view:
-            self._hash.update(view[:size])
+        self._busy[block] = None
 
     def _put(self, block: mmap.mmap, size: int, at: int) -> None:
         done, padded = 0, size + -size % _ALIGNMENT
@@ -122,8 +118,7 @@ class DurableFile(io.RawIOBase):
                         raise
 
     def _release(self) -> None:
-        for pool in (self._hashing, self._writing):
-            pool.shutdown(cancel_futures=True)
+        self._writing.shutdown(cancel_futures=True)
         os.close(self._descriptor)
         for block in self._blocks:
             block.close()
@@ -151,7 +146,7 @@ def _go_through_the_cache(descriptor: int) -> bool:
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """For torch.save into such a file: its SHA-256 is there, a second checksum of every tensor finds nothing more."""
+    """For torch.save into such a file: the file's checksum is there, another of every tensor finds nothing more."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -43,7 +43,6 @@ class Record:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     _folders: tuple[Path, Path] | None = None
-    _sha256: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -95,21 +94,27 @@ class Record:
             "first_comparison_that_disagreed": asdict(self.not_repeated) if self.not_repeated else None,
             "seconds": self.seconds,
             "peak_memory_bytes_at_the_end_of": self.peak_memory_bytes,
-            "sha256": self._hashes(),
+            "files": self._files(),
             "versions": versions(),
         }
 
-    def _hashes(self) -> dict[str, dict[str, str]]:
-        """Of every file of both folders; a checkpoint's are in its complete.json and have been checked or made."""
+    def _files(self) -> dict[str, dict[str, str]]:
+        """Kind and value of a hash of every file of both folders: a checkpoint's own, which its complete.json has and which
+        have been checked or made, and the SHA-256 by which a hub knows a file."""
         if self._folders is None:
             return {}
         checkpoint, hf_folder = self._folders
         listed = json.loads((checkpoint / on_disk.COMPLETE).read_text())["files"]
         files = sorted(file for file in hf_folder.iterdir() if file.is_file())
         return {
-            "checkpoint": {name: entry["sha256"] for name, entry in listed.items()},
-            "hugging_face": {file.name: on_disk.sha256(file) for file in files},
+            "checkpoint": {name: _hash_of(entry) for name, entry in listed.items()},
+            "hugging_face": {file.name: f"sha256:{on_disk.sha256(file)}" for file in files},
         }
+
+
+def _hash_of(entry: dict[str, Any]) -> str:
+    kind = next(key for key in entry if key != "bytes")
+    return f"{kind}:{entry[kind]}"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -150,6 +155,6 @@ def _text(report: dict[str, Any]) -> str:
         "",
         *(f"{what}: {s:.1f} s, peak {peaks[what] / 1e6:,.0f} MB" for what, s in report["seconds"].items()),
     ]
-    for side, hashes in report["sha256"].items():
-        lines += ["", f"SHA-256, {side}:", *(f"  {digest}  {name}" for name, digest in hashes.items())]
+    for side, hashes in report["files"].items():
+        lines += ["", f"files, {side}:", *(f"  {digest}  {name}" for name, digest in hashes.items())]
     return "\n".join(lines) + "\n"

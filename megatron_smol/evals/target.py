@@ -128,7 +128,7 @@ def _checkpoint_target(checkpoint: Checkpoint) -> Target:
         name=str(checkpoint.path),
         path=checkpoint.path,
         is_checkpoint=True,
-        fingerprint=sha256_file(checkpoint.path / COMPLETE),  # it holds the SHA-256 of every other file
+        fingerprint=sha256_file(checkpoint.path / COMPLETE),  # it holds the checksum of every other file
         results=run / RESULTS,
         tokens=int(checkpoint.state["tokens"]) if "tokens" in checkpoint.state else None,
         stage=checkpoint.stage,

@@ -73,7 +73,7 @@ class Output:
     # --- checkpoints of the trainer ----------------------------------------------------------------------
 
     def mark_complete(self, step: int) -> None:
-        """Record size and SHA-256 of every file of a checkpoint that is written to the end."""
+        """Record size and checksum of every file of a checkpoint that is written to the end."""
         path = self.work / f"{_CHECKPOINT}{step}"
         names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
         for name in names:

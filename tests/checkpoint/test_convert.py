@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_smol import cli
 from megatron_smol.checkpoint import convert, hf, store, weights
+from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.checkpoint.convert import from_hf, to_hf
 from megatron_smol.checkpoint.folder import COMPLETE, read_checkpoint
-from megatron_smol.checkpoint.folder import sha256 as folder_sha256
 from megatron_smol.checkpoint.publish import published
 from megatron_smol.checkpoint.shards import SHARD_SIZE, SINGLE
 from megatron_smol.checkpoint.verify import TEXT
@@ -154,8 +154,9 @@ def test_the_report_says_what_was_compared(
     assert found["tokens"] == found["same_top"] > 800 and found["largest_difference"] < 1e-4
     assert abs(found["loss_trainer"] - found["loss_hf"]) < 1e-5 and "The tide rises" in found["greedy_text"]
     assert good["rounding_fp32_to_bf16"]["relative_difference"] > 1e-4
-    assert good["sha256"]["hugging_face"][SINGLE] == folder_sha256(tmp_path / "hf" / SINGLE)
-    assert good["sha256"]["checkpoint"]["state.json"] == folder_sha256(checkpoint / "state.json")
+    assert good["files"]["hugging_face"][SINGLE] == f"sha256:{on_disk.sha256(tmp_path / 'hf' / SINGLE)}"
+    listed = json.loads((checkpoint / COMPLETE).read_text())["files"]["state.json"]
+    assert good["files"]["checkpoint"]["state.json"] == f"{on_disk.CHECKSUM}:{listed[on_disk.CHECKSUM]}"
     assert set(good["seconds"]) == {"converting", "comparing"}
     text = (tmp_path / "good.txt").read_text()
     assert "published" in text and f"same most likely token at {found['tokens']} of {found['tokens']}" in text
@@ -350,7 +351,7 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) 
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CheckpointError, match="SHA-256"):
+    with pytest.raises(CheckpointError, match="does not have the checksum"):
         to_hf(damaged, tmp_path / "hf", say=quiet)
     assert not (tmp_path / "hf").exists()
 

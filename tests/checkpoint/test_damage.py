@@ -91,7 +91,7 @@ def test_a_flipped_bit_anywhere_in_the_tensors(two: tuple[Path, Path]) -> None:
         at, bit = chance.randrange(len(data)), 1 << chance.randrange(8)
         data[at] ^= bit
         shard.write_bytes(data)
-        with pytest.raises(CheckpointError, match=f"{shard.name} does not have the SHA-256"):
+        with pytest.raises(CheckpointError, match=f"{shard.name} does not have the checksum"):
             folder.verify_files(path)
         data[at] ^= bit
         shard.write_bytes(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
-import hashlib
 import os
 import random
 import resource
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from megatron_smol.checkpoint import durable
 from megatron_smol.checkpoint.durable import DurableFile
+from megatron_smol.checkpoint.folder import CHECKSUM
 
 BLOCK = 3 * 4096
 
@@ -44,7 +45,7 @@ def test_the_bytes_and_what_is_said_of_them(tmp_path: Path, size: int) -> None:
     content = random.Random(size).randbytes(size)
     file = write(tmp_path / "file", content, seed=size)
     assert (tmp_path / "file").read_bytes() == content
-    assert file.described == {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+    assert file.described == {"bytes": size, CHECKSUM: xxhash.xxh3_128(content).hexdigest()}
 
 
 @pytest.fixture(params=["at opening", "at the first write"])

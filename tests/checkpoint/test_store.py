@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -178,6 +180,49 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
     assert len(said) == 1 and str(weights) in said[0]
 
 
+def test_one_bit_of_complete_json(tmp_path: Path) -> None:
+    """Whatever it makes of the list: one sentence, or the flip changed nothing that counts."""
+    complete = make(tmp_path, "one", 0, 2) / folder.COMPLETE
+    content = complete.read_bytes()
+    passed = []
+    for at, bit in itertools.product(range(len(content)), range(8)):
+        complete.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            folder.verify_files(complete.parent)
+        except CheckpointError:
+            continue
+        passed.append(content[at : at + 1])
+    assert all(byte.isspace() or byte in b'"format": 2' for byte in passed), passed
+
+
+def test_one_bit_of_state_json(tmp_path: Path) -> None:
+    good, bad = make(tmp_path, "one", 0, 2), make(tmp_path, "one", 0, 4)
+    content = (bad / folder.STATE).read_bytes()
+    for at, bit in itertools.product(range(len(content)), range(8)):
+        (bad / folder.STATE).write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        folder.list_checkpoints(tmp_path)
+        found = folder.choose_newest(tmp_path, lambda _: None)
+        assert found is not None and found.path == good, (at, bit)
+        if not bad.exists():  # it is, when the flip made its step a smaller one: then nobody asked for it
+            (tmp_path / f"{folder.DAMAGED}{bad.name}").rename(bad)
+
+
+def test_checkpoints_of_format_1_are_read(tmp_path: Path) -> None:
+    """They had SHA-256."""
+    path = make(tmp_path, "one", 0, 2)
+    folder.write_json(path / folder.STATE, json.loads((path / folder.STATE).read_text()) | {"format": 1})
+    files = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest()}
+        for name in (folder.STATE, "weights")
+    }  # fmt: skip
+    folder.write_json(path / folder.COMPLETE, {"format": 1, "files": files})
+    found = folder.choose_newest(tmp_path)
+    assert found is not None and found.path == path
+    (path / "weights").write_bytes(bytes(200))
+    with pytest.raises(CheckpointError, match=r"weights does not have the checksum .*sha256"):
+        folder.verify_files(path)
+
+
 def test_never_from_zero_when_all_are_damaged(tmp_path: Path) -> None:
     (make(tmp_path, "one", 0, 2) / "weights").unlink()
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
@@ -204,7 +249,7 @@ def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
 def test_complete_json_is_readable(saved: tuple[Path, Any]) -> None:
     files = json.loads((saved[0] / folder.COMPLETE).read_text())["files"]
     assert {"state.json", ".metadata", "common.pt"} <= set(files)
-    assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in files.values())
+    assert all(len(entry[folder.CHECKSUM]) == 32 and entry["bytes"] > 0 for entry in files.values())
 
 
 def test_an_unreadable_state_is_passed_over_and_never_means_from_zero(tmp_path: Path) -> None:

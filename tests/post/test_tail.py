@@ -166,7 +166,7 @@ def test_a_killed_dpo_whose_last_checkpoint_is_damaged(
     (last / "optimizer.pt").write_bytes(bytes(data))
     assert run_dpo(tuned, pair_rows, output, *DPO) == 0
     said = capsys.readouterr().err
-    assert f"checkpoint passed over: {last}/optimizer.pt does not have the SHA-256" in said
+    assert f"checkpoint passed over: {last}/optimizer.pt does not have the checksum" in said
     assert "going on from" in said
     same(tmp_path / "whole", output)
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,6 +226,19 @@ class Cluster:
 
     def mend_link(self, node: int) -> None:
         self._inside("ip", "link", "set", f"v{node}", "up")
+
+    @contextlib.contextmanager
+    def patience(self, seconds: int) -> Iterator[None]:
+        """How long a silent node is given, instead of ten seconds (Slurm's default is 300)."""
+        conf = self.folder / "slurm.conf"
+        usual = conf.read_text()
+        try:
+            conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*", f"SlurmdTimeout={seconds}", usual))
+            self.run("scontrol", "reconfigure")
+            yield
+        finally:
+            conf.write_text(usual)
+            self.run("scontrol", "reconfigure")
 
     @property
     def disk(self) -> Path:

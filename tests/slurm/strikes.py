@@ -21,13 +21,14 @@ def struck(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[], None] = lambda: None,
+    overrides: str = LONG,
 ) -> list[Trial]:
     """Do `fault` (it gets the job's id) `wanted` times to jobs one after the other. Every job then ends equal to the
     run that nothing happened to."""
     chance = random.Random(wanted)
     made: list[Trial] = []
     while len(made) < wanted:
-        job = user.submit(overrides=LONG, FUTILE_LEGS="100")
+        job = user.submit(overrides=overrides, FUTILE_LEGS="100")
         while len(made) < wanted and random_moment(user, job, chance):
             strike = Strike.now(user, job)
             fault(job)
@@ -47,6 +48,7 @@ def to_nodes(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[int], None],
+    overrides: str = LONG,
 ) -> list[Trial]:
     """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
     hit: list[int] = []
@@ -60,7 +62,7 @@ def to_nodes(
         user.until(lambda: user.cluster.idle() >= 1, "idle node")
 
     try:
-        return struck(user, whole, wanted, strike, heal)
+        return struck(user, whole, wanted, strike, heal, overrides)
     finally:
         user.until(lambda: user.cluster.idle() == 3, "boot")
 
@@ -123,7 +125,7 @@ class Strike:
                 detected = time.monotonic() - self.at
             return state == "COMPLETED" or len(self.user.legs("start")) > self.starts
 
-        self.user.until(back, "leg after the fault", seconds=180)
+        self.user.until(back, "leg after the fault", seconds=300)
         if state == "COMPLETED":
             return None
         start = self.user.legs("start")[self.starts]

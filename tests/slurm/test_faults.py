@@ -89,6 +89,20 @@ def test_frozen_node(user: User, whole: TinyRun, table: FaultTable, place: int) 
     )
 
 
+def test_frozen_batch_host_where_slurm_is_patient(user: User, whole: TinyRun, table: FaultTable) -> None:
+    """A step's daemon on a healthy node tries for a minute to tell a frozen `srun` that its tasks ended, and the node is
+    not free before. Where Slurm gives a silent node minutes, as most do, the watchdog has ended the ranks long before."""
+    with user.cluster.patience(100):
+        overrides = f"{LONG} guard.step_timeout=20"
+        made = to_nodes(user, whole, 0, trials(2), user.cluster.freeze, user.cluster.thaw, overrides)
+    table.add(
+        "the node that runs the batch script frozen, where Slurm waits 100 s for a silent node and the watchdog 20 s",
+        "Slurm requeues: `restart 1, nodes ...`",
+        "equal",
+        made,
+    )
+
+
 def test_network_cut(user: User, whole: TinyRun, table: FaultTable) -> None:
     made = to_nodes(user, whole, 1, trials(2), user.cluster.cut_link, user.cluster.mend_link)
     table.add("network of a node cut", "Slurm requeues: `restart 1, nodes ...`", "equal", made)

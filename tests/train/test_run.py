@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_smol.checkpoint.folder import CHECKSUM
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import make_plan, resolve_sizes
@@ -19,9 +20,9 @@ from tests.tiny import TinyRun, kill_group, ranks_of, rows, wait_for, write_reci
 
 
 def weights_of(run: Path, name: str = "long-00000013") -> dict[str, str]:
-    """Hashes of the tensor files of a checkpoint."""
+    """Checksums of the tensor files of a checkpoint."""
     files = json.loads((run / "checkpoints" / name / "complete.json").read_text())["files"]
-    return {file: entry["sha256"] for file, entry in files.items() if file.endswith(".distcp")}
+    return {file: entry[CHECKSUM] for file, entry in files.items() if file.endswith(".distcp")}
 
 
 @pytest.fixture(scope="module")
