@@ -49,6 +49,12 @@ class DiskError(DataError):
     exit_code = 6
 
 
+class InUseError(UserError):
+    """A run folder that an earlier leg of this job still holds. Gone in a while, so a job tries again."""
+
+    exit_code = 7
+
+
 # sysexits.h EX_TEMPFAIL: the run saved itself on a signal; the same command continues it.
 EXIT_RESTART_ME = 75
 

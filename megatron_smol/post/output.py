@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_smol.checkpoint.folder import COMPLETE, describe_files, fsync, sha256, verify_files
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.train.lock import LOCK, take_lock
 
 RECORD, WORK, ASKED = "tail.json", ".work", "asked.json"
 _CHECKPOINT, _DAMAGED = "checkpoint-", "damaged-"
@@ -29,31 +31,40 @@ class Output:
         self.folder = folder
         self.work = folder / WORK
         self._is_new = False
+        self._lock: IO[str] | None = None
 
     @property
     def complete(self) -> bool:
         return (self.folder / RECORD).is_file()
 
-    def open(self, asked: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder for this work, or find it half done or done; UserError when it holds other work.
+    def open(self, asked: dict[str, Any], overwrite: bool, say: Callable[[str], None] = print) -> None:
+        """Make the folder for this work, or find it half done or done, and keep other processes out until it is done.
 
-        asked: model, data and settings, as JSON can hold them. overwrite: replace what was made from others.
+        asked: model, data and settings, as JSON can hold them. overwrite: replace what was made from others. UserError when it
+        holds other work, or another job is at it.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give a folder as --output")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            before = self._asked_before()
-            if before is None:
-                raise UserError(f"{self.folder} holds other files; choose a new folder as --output")
-            if before == asked:
-                return
-            if not overwrite:
-                raise UserError(
-                    f"{self.folder} was made from something else ({_difference(before, asked)}); choose another "
-                    "--output, or replace it with --overwrite"
-                )
-            shutil.rmtree(self.folder)
-        self.work.mkdir(parents=True)
+        before = self._asked_before()
+        if before is None and _others(self.folder, WORK):
+            raise UserError(f"{self.folder} holds other files; choose a new folder as --output")
+        if before == asked and self.complete:
+            return
+        if before not in (None, asked) and not overwrite:
+            raise UserError(
+                f"{self.folder} was made from something else ({_difference(before, asked)}); choose another "
+                "--output, or replace it with --overwrite"
+            )
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or take_lock(self.work, say)
+        if self._asked_before() == asked:  # half done, or done by the one whom we waited for
+            return
+        if (
+            before is not None
+        ):  # a kill from here on leaves what is known as the old work, and no longer as complete
+            write_whole(self.work / ASKED, json.dumps(before, indent=1))
+            (self.folder / RECORD).unlink(missing_ok=True)
+            _remove([*_others(self.folder, WORK), *_others(self.work, LOCK, ASKED)])
         write_whole(self.work / ASKED, json.dumps(asked, indent=1))
         self._is_new = True
 
@@ -111,7 +122,18 @@ class Output:
             path.replace(self.folder / path.name)
         fsync(self.folder)
         write_whole(self.folder / RECORD, json.dumps({**record, "asked": asked}, indent=1) + "\n")
+        if self._lock:
+            self._lock.close()  # some network file systems do not remove what is open
         shutil.rmtree(self.work)
+
+
+def _others(folder: Path, *names: str) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name not in names] if folder.is_dir() else []
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def model_identity(folder: Path) -> str:

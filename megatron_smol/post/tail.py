@@ -138,7 +138,7 @@ class _Job:
             "strict": self.request.strict,
             "settings": settings,
         }
-        self.output.open(asked, self.request.overwrite)
+        self.output.open(asked, self.request.overwrite, self.say)
 
     def _prepare_data(self) -> None:
         from megatron_smol.post.prepare import BAD_ROWS, prepare

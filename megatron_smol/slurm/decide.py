@@ -21,7 +21,8 @@ EXIT_STOPPED = 71  # a person asked for it: RUN/stop, or scancel
 FUTILE_LEGS = 3
 
 # A rank that leaves with one of these has said why, and would say it again. CheckpointError is not among them, as a node
-# that dies during a save looks like one to the others, nor DiskError, as there may be room again; FUTILE_LEGS ends those.
+# that dies during a save looks like one to the others, nor DiskError, as there may be room again, nor InUseError, as what is
+# left of an earlier leg goes; FUTILE_LEGS ends those.
 DELIBERATE = {
     UserError.exit_code: "the recipe or the command line",
     DataError.exit_code: "the data",

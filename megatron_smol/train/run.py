@@ -6,11 +6,8 @@ The same command starts a run and continues it, on one process, under torchrun o
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
-import socket
-from pathlib import Path
+from collections.abc import Callable
 from typing import IO
 
 import torch
@@ -31,6 +28,7 @@ from megatron_smol.recipe.schema import Recipe
 from megatron_smol.recipe.units import format_tokens
 from megatron_smol.train.guard import Guard
 from megatron_smol.train.hooks import Hook
+from megatron_smol.train.lock import take_lock
 from megatron_smol.train.monitor import Metrics, StepLog
 from megatron_smol.train.pulse import Pulse
 from megatron_smol.train.replicas import ReplicaCheck
@@ -70,12 +68,13 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
                 "called here; set document_mask: false"
             )
     lock: IO[str] | None = None
+    console = Console(soft_wrap=True, highlight=False)
     with together("opening the run folder", only_rank=0) as mine:
         if mine:
-            lock = _prepare_folder(plan)
+            lock = _prepare_folder(plan, lambda line: console.print(line, markup=False))
     ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with Watchdog(recipe.run_path, *ranks, pulse, recipe.guard) as watchdog:
-        finished = _train_watched(plan, sources, stop, pulse, watchdog)
+        finished = _train_watched(plan, sources, stop, console, pulse, watchdog)
         torch.distributed.destroy_process_group()
     if lock:
         lock.close()
@@ -83,11 +82,15 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
 
 
 def _train_watched(
-    plan: Plan, sources: dict[str, TokenSource], stop: StopFlag, pulse: Pulse, watchdog: Watchdog
+    plan: Plan,
+    sources: dict[str, TokenSource],
+    stop: StopFlag,
+    console: Console,
+    pulse: Pulse,
+    watchdog: Watchdog,
 ) -> bool:
     """Build, resume, train; True when all stages are done. An error that another rank may have caused is explained."""
     recipe, first = plan.recipe, plan.stages[0]
-    console = Console(soft_wrap=True, highlight=False)
     try:
         engine = Engine(recipe, first.seq_length, first.rope_base, first.precision)
         # What looks at a step comes before what writes it down.
@@ -134,12 +137,12 @@ def open_sources(recipe: Recipe) -> dict[str, TokenSource]:
     return sources
 
 
-def _prepare_folder(plan: Plan) -> IO[str]:
+def _prepare_folder(plan: Plan, say: Callable[[str], None]) -> IO[str]:
     """Make the run folder this run's; returns its lock, held as long as the file is open."""
     recipe = plan.recipe
     try:
         folder.make_folder(recipe.run_path)
-        lock = _lock(recipe.run_path)
+        lock = take_lock(recipe.run_path, say)
         open_run_folder(recipe)
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
@@ -149,23 +152,6 @@ def _prepare_folder(plan: Plan) -> IO[str]:
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; mend that, or set run_dir elsewhere"
         ) from error
     folder.remove_unfinished(recipe.run_path / "checkpoints")
-    return lock
-
-
-def _lock(run: Path) -> IO[str]:
-    """Held by the system for this process, so that it does not outlive it; its text says who that is."""
-    lock = (run / ".lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(
-            f"another job is training in {run} ({lock.read().strip()}); wait for it, or set another run_dir"
-        ) from None
-    lock.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    lock.write(f"{f'job {job}, ' if job else ''}process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
     return lock
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,3 +117,56 @@ def test_identity_is_of_the_content(base: Path, tmp_path: Path) -> None:
     before = data_identity(str(rows))
     rows.write_text("[]\n")
     assert data_identity(str(rows)) != before
+
+
+def test_two_jobs_in_one_output(tmp_path: Path) -> None:
+    first, second = Output(tmp_path / "out"), Output(tmp_path / "out")
+    first.open(ASKED, overwrite=False)
+    with pytest.raises(
+        UserError, match=r"another job is training in .*out.*; wait for it, or choose another"
+    ):
+        second.open(ASKED, overwrite=False)
+    written = first.work / "model"
+    written.mkdir()
+    (written / "config.json").write_text("{}")
+    first.publish(written, {})
+    second.open(ASKED, overwrite=False)
+    assert second.complete and not second.work.exists()
+
+
+@pytest.mark.parametrize("killed_at", range(12))
+@pytest.mark.parametrize("complete", [True, False])
+def test_replacing_survives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool, killed_at: int
+) -> None:
+    """At every file that goes or comes: the same command starts the new work, and nothing is left of the old."""
+    folder, other = tmp_path / "out", {**ASKED, "model": "n"}
+    if complete:
+        finished(folder)
+    else:
+        Output(folder).open(ASKED, overwrite=False)
+        for name in ("checkpoint-2", "checkpoint-4"):
+            (folder / ".work" / name).mkdir()
+            (folder / ".work" / name / "weights").write_text("old")
+    (folder / "metrics.jsonl").write_text("old")
+    done = 0
+
+    def counted(real: Any) -> Any:
+        def act(*arguments: Any, **named: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > killed_at:
+                raise KeyboardInterrupt
+            return real(*arguments, **named)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "unlink"), (os, "rmdir"), (os, "replace"), (os, "rename")):
+            patch.setattr(module, name, counted(getattr(module, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            Output(folder).open(other, overwrite=True)
+    gc.collect()  # the lock of the one that was killed
+    Output(folder).open(other, overwrite=True)
+    assert sorted(path.name for path in folder.rglob("*")) == [".lock", ".work", "asked.json"]
+    assert json.loads((folder / ".work/asked.json").read_text()) == other

@@ -30,6 +30,7 @@ from megatron_smol.slurm.legs import append_row, futile_legs, last_rows, lost_le
         (Evidence(4), Action.RESTART, 75, "code 4"),
         (Evidence(4, futile_legs=3), Action.STOP, 70, "code 4"),
         (Evidence(6), Action.RESTART, 75, "code 6"),
+        (Evidence(7), Action.RESTART, 75, "code 7"),
         (Evidence(137, rank_codes=(6, 1)), Action.RESTART, 75, "SIGKILL"),
         (Evidence(5), Action.STOP, 5, "training itself"),
         # One rank said why; those that waited for it were killed, and srun keeps the larger code.
