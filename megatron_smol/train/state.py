@@ -106,7 +106,7 @@ def open_run_folder(recipe: Recipe) -> None:
     path = recipe.run_path / "recipe.yaml"
     published = list_checkpoints(recipe.run_path / "checkpoints")
     if path.is_file() and published:
-        before, now = _fixed_settings(load_recipe(path)), _fixed_settings(recipe)
+        before, now = _fixed_settings(_begun_with(path)), _fixed_settings(recipe)
         changed = [key for key, value in before.items() if now.get(key) != value]
         changed += [key for key in now if key not in before and _is_lr(key) and not _is_appended(key, before)]
         for key in changed:
@@ -120,6 +120,15 @@ def open_run_folder(recipe: Recipe) -> None:
             _record_changes(recipe, published[-1], {key: (before.get(key), now.get(key)) for key in changed})
     recipe.run_path.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_recipe(recipe))
+
+
+def _begun_with(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}. That file is what this run began with; if it was damaged and the recipe you gave is the same, remove it"
+        ) from error
 
 
 def _is_appended(key: str, before: dict[str, Any]) -> bool:

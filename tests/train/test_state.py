@@ -77,3 +77,17 @@ def test_a_run_goes_on_with_another_learning_rate(tiny: TinyRun) -> None:
     assert run(tiny, "lr.peak=1e-2", "guard.lr_may_change=true") == [0, 0], errors(tiny)
     rates = {(row["stage"], row["step"]): row["lr"] for row in rows(tiny.run / "metrics.jsonl")}
     assert rates["one", 5] == 0.02 and rates["one", 6] == 0.01
+
+
+@pytest.mark.parametrize("keep", [0, 300])
+def test_a_damaged_record_of_the_recipe(begun: TinyRun, keep: int) -> None:
+    recorded = begun.run / "recipe.yaml"
+    content = recorded.read_bytes()
+    recorded.write_bytes(content[:keep])
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml.*what this run began with; if it was damaged .* remove it"
+    ):
+        open_run_folder(load_recipe(begun.recipe))
+    recorded.unlink()
+    open_run_folder(load_recipe(begun.recipe))
+    assert recorded.read_bytes() == content
