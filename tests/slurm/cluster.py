@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -226,6 +226,37 @@ class Cluster:
 
     def mend_link(self, node: int) -> None:
         self._inside("ip", "link", "set", f"v{node}", "up")
+
+    @contextlib.contextmanager
+    def narrow_link(self, node: int) -> Iterator[Callable[[], int]]:
+        """8 Mbit/s to the node through a queue that holds 60 ms and drops the rest; gives how many packets were dropped."""
+        link = f"v{node}"
+        self._inside("tc", "qdisc", "add", "dev", link, "root", "tbf", "rate", "8mbit", "burst", "8kb", "latency", "60ms")  # fmt: skip
+
+        def dropped() -> int:
+            told = subprocess.check_output(
+                [*self._net(), "tc", "-s", "qdisc", "show", "dev", link], text=True
+            )
+            return int(re.findall(r"dropped (\d+)", told)[0])
+
+        try:
+            yield dropped
+        finally:
+            self._inside("tc", "qdisc", "del", "dev", link, "root")
+
+    def reset_connections(self, node: int) -> int:
+        """Break every TCP connection that a rank of the node has with another node; gives how many there were."""
+        inside = ("nsenter", "-t", str(self._init(node)), "-n", "ss")
+        ranks, broken = {str(pid) for pid in self.tasks(node)}, 0
+        for line in subprocess.check_output(
+            [*inside, "-Htnp", "state", "established"], text=True
+        ).splitlines():
+            _, _, here, there, *process = line.split()
+            if ranks & set(re.findall(r"pid=(\d+)", " ".join(process))) and here.rpartition(":")[0] != there.rpartition(":")[0]:  # fmt: skip
+                ends = ("src", here, "dst", there)
+                subprocess.run([*inside, "-K", *ends], check=True, capture_output=True)
+                broken += 1
+        return broken
 
     @contextlib.contextmanager
     def patience(self, seconds: int) -> Iterator[None]:

@@ -81,6 +81,33 @@ def test_the_network_is_cut_for_five_seconds(user: User, whole: TinyRun, table: 
     )
 
 
+def test_a_link_that_is_slow_and_loses_packets(user: User, whole: TinyRun, table: FaultTable) -> None:
+    with user.cluster.narrow_link(2) as dropped:
+        job = user.submit(overrides=LONG)
+        finish(user, job, whole)
+        lost = dropped()
+    assert len(user.legs()) == 1 and lost > 0, "the leg goes on"
+    table.add(
+        "8 Mbit/s between two nodes of the job, up to 60 ms late, the rest dropped",
+        "nothing: steps are slower",
+        f"equal, same leg; {lost} packets lost",
+        [Trial(None, None, 0)],
+    )
+
+
+def test_broken_connections(user: User, whole: TinyRun, table: FaultTable) -> None:
+    """All TCP connections of a rank are reset at once."""
+    broken = []
+
+    def cut(job: int) -> None:
+        user.until(lambda: user.is_over(job) or user.ranks(job), "rank")
+        broken.append(user.cluster.reset_connections(user.cluster.names(job)[1]))
+
+    made = struck(user, whole, trials(3), cut)
+    assert any(broken)
+    table.add("all TCP connections of a rank reset", "`... Connection reset by peer ...`", "equal", made)
+
+
 def test_signals_during_a_save(user: User, whole: TinyRun, table: FaultTable) -> None:
     """USR1 twice while a checkpoint is being written: finished, saved, code 75, no step lost."""
     made = []
