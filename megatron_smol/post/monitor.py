@@ -73,6 +73,7 @@ class Monitor(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or self._board is None:
             return
+        self._output.require()
         if "eval_loss" in logs:
             self._write(
                 "validation.jsonl", "heldout", state, {k.removeprefix("eval_"): v for k, v in logs.items()}

@@ -13,12 +13,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_smol.checkpoint.folder import COMPLETE, describe_files, fsync, sha256, verify_files
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import CheckpointError, UserError
-from megatron_smol.train.lock import LOCK, take_lock
+from megatron_smol.train.lock import LOCK, RunLock, take_lock
 
 RECORD, WORK, ASKED = "tail.json", ".work", "asked.json"
 _CHECKPOINT, _DAMAGED = "checkpoint-", "damaged-"
@@ -31,7 +31,7 @@ class Output:
         self.folder = folder
         self.work = folder / WORK
         self._is_new = False
-        self._lock: IO[str] | None = None
+        self._lock: RunLock | None = None
 
     @property
     def complete(self) -> bool:
@@ -81,10 +81,16 @@ class Output:
         except (OSError, ValueError, KeyError):
             return None
 
+    def require(self) -> None:
+        """InUseError if another start of the job has taken the folder over: nothing may be written then."""
+        if self._lock:
+            self._lock.require()
+
     # --- checkpoints of the trainer ----------------------------------------------------------------------
 
     def mark_complete(self, step: int) -> None:
         """Record size and checksum of every file of a checkpoint that is written to the end."""
+        self.require()
         path = self.work / f"{_CHECKPOINT}{step}"
         names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
         for name in names:
@@ -115,6 +121,7 @@ class Output:
         Without config.json no library takes the folder for a model. A kill in between leaves the checkpoint to
         go on from.
         """
+        self.require()
         asked = json.loads((self.work / ASKED).read_text())
         for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
             path.chmod(0o644)  # safetensors writes for the owner alone

@@ -287,7 +287,7 @@ class Leg:
         kept = {k: v for k, v in os.environ.items() if k not in ("SLURM_DISTRIBUTION", "SLURM_NODELIST")}
         port = 20000 + (int(self.job) * 8 + self.attempt * 2 + port_shift) % 20000
         kept |= {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(port), "SMOL_RUN_FOLDER": str(self.run)}
-        kept |= {"SMOL_EXITS": str(self.scratch / "exits.jsonl")}
+        kept |= {"SMOL_EXITS": str(self.scratch / "exits.jsonl"), "SMOL_ATTEMPT": str(self.attempt)}
         if cpus := kept.get("SLURM_CPUS_PER_TASK"):
             kept["SRUN_CPUS_PER_TASK"] = cpus  # srun does not inherit it since Slurm 22.05
         return kept

@@ -1,6 +1,10 @@
 """Who trains in a run folder, or in the output of SFT and DPO: one job, whatever else was started or was taken for dead.
 
 The lock is the system's (flock), so that it does not outlive its process; the file's text says whose it is.
+
+A process may outlive its job: frozen, or waiting for a driver that never answers, on a node that Slurm gave up. The job's
+next start waits for it, then puts a lock file of its own in the place of the old one. Who holds the old one finds that
+out before it writes anything (`require`), and leaves.
 """
 
 from __future__ import annotations
@@ -11,63 +15,124 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import IO
 
 from megatron_smol.errors import InUseError, UserError
 
 LOCK = ".lock"
-# What an earlier leg left on a node that was frozen or cut off lives until Slurm reaches the node, and then KillWait
-# (30 s by default) longer.
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 120.0  # longer than Slurm needs to end what it reaches (KillWait, 30 s by default)
 
 
-def take_lock(run: Path, say: Callable[[str], None]) -> IO[str]:
-    """Held as long as the file is open.
+class _Holder(Enum):
+    EARLIER_START = auto()  # of this job: Slurm starts one only when the one before is over
+    SAME_ARRAY = auto()  # whose elements may, or may not, come one after the other
+    ANOTHER = auto()
 
-    Another job's folder is refused at once (UserError). One that a leg of this very job still holds is waited for, at most
-    LOCK_SECONDS, then it is an InUseError, with which a job starts again: nobody has to mend anything.
+
+@dataclass
+class RunLock:
+    """Held until it is closed, or the process is gone."""
+
+    folder: Path
+    file: IO[str]
+
+    def require(self) -> None:
+        """InUseError if another start of the job has taken the folder over."""
+        if not self._in_place():
+            raise InUseError(
+                f"{self.folder} was taken over by a later start of this job while this process did not run; it leaves"
+            )
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), (self.folder / LOCK).stat())
+        except FileNotFoundError:
+            return False
+
+
+def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
+    """The lock of `folder`, which exists.
+
+    Another job's folder is refused at once (UserError). An earlier start of this very job is waited for, LOCK_SECONDS, and then
+    loses it. Another element of this array is waited for; then it is an InUseError, with which a job starts again.
     """
-    lock = (run / LOCK).open("a+")
     seconds, told = float(os.environ.get("LOCK_SECONDS", WAIT_SECONDS)), False
     until = time.monotonic() + seconds
-    while not _taken(lock):
-        lock.seek(0)
-        holder = lock.read().strip()
-        if not _own(holder):
+    while (lock := _taken(folder)) is None:
+        text = _read(folder)
+        holder = _whose(text)
+        if holder is _Holder.ANOTHER:
             raise UserError(
-                f"another job is training in {run} ({holder}); wait for it, or choose another folder"
+                f"another job is training in {folder} ({text}); wait for it, or choose another folder"
             )
-        if time.monotonic() > until:
-            raise InUseError(f"an earlier leg of this job still holds {run} ({holder}) after {seconds:.0f} s")
         if not told:
-            say(
-                f"{run} is still held by an earlier leg of this job ({holder}): waits, at most {seconds:.0f} s"
-            )
+            say(f"{folder} is still held by an earlier leg ({text}): waits, at most {seconds:.0f} s")
             told = True
+        if time.monotonic() > until:
+            if holder is _Holder.SAME_ARRAY:
+                raise InUseError(f"an earlier leg still holds {folder} ({text}) after {seconds:.0f} s")
+            lock = _taken_over(folder)
+            say(f"{folder} is taken over: Slurm started this job again, so the leg that holds it is lost")
+            break
         time.sleep(0.5)
-    lock.truncate(0)
-    lock.write(f"{_job()}process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    lock.file.truncate(0)
+    lock.file.write(f"{_me()}process {os.getpid()} on {socket.gethostname()}")
+    lock.file.flush()
     return lock
 
 
-def _taken(lock: IO[str]) -> bool:
+def _taken(folder: Path) -> RunLock | None:
+    lock = RunLock(folder, (folder / LOCK).open("a+"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
+        lock.close()
+        return None
+    if not lock._in_place():  # put away while it was opened
+        lock.close()
+        return None
+    return lock
 
 
-def _job() -> str:
+def _taken_over(folder: Path) -> RunLock:
+    new = folder / f"{LOCK}-{os.getpid()}"
+    lock = RunLock(folder, new.open("a+"))
+    fcntl.flock(lock.file, fcntl.LOCK_EX)
+    new.replace(folder / LOCK)
+    return lock
+
+
+def _read(folder: Path) -> str:
+    try:
+        return (folder / LOCK).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _me() -> str:
     job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
-    return "" if not job else f"job {job} of array {array}, " if array else f"job {job}, "
+    if not job:
+        return ""
+    restart, attempt = _start()
+    return f"job {job}{f' of array {array}' if array else ''}, start {restart}.{attempt}, "
 
 
-def _own(holder: str) -> bool:
-    """Whether it is of this job, or of this array, whose elements come one after the other."""
-    found = re.match(r"job (\d+)(?: of array (\d+))?, ", holder)
-    if not found or "SLURM_JOB_ID" not in os.environ:
-        return False
-    return os.environ["SLURM_JOB_ID"] == found[1] or os.environ.get("SLURM_ARRAY_JOB_ID", "") == found[2]
+def _start() -> tuple[int, int]:
+    """Of this job: how often Slurm requeued it, and how often it began anew inside its allocation (slurm/leg.py)."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(os.environ.get("SMOL_ATTEMPT", "0"))
+
+
+def _whose(text: str) -> _Holder:
+    found = re.match(r"job (\d+)(?: of array (\d+))?, start (\d+)\.(\d+), ", text)
+    if found and found[1] == os.environ.get("SLURM_JOB_ID"):
+        earlier = (int(found[3]), int(found[4])) < _start()
+        return _Holder.EARLIER_START if earlier else _Holder.ANOTHER
+    if found and found[2] and found[2] == os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return _Holder.SAME_ARRAY
+    return _Holder.ANOTHER

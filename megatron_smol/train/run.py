@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from typing import IO
 
 import torch
 from megatron.core import parallel_state
@@ -28,8 +27,9 @@ from megatron_smol.recipe.schema import Recipe
 from megatron_smol.recipe.units import format_tokens
 from megatron_smol.train.guard import Guard
 from megatron_smol.train.hooks import Hook
-from megatron_smol.train.lock import take_lock
+from megatron_smol.train.lock import RunLock, take_lock
 from megatron_smol.train.monitor import Metrics, StepLog
+from megatron_smol.train.ownership import Ownership
 from megatron_smol.train.pulse import Pulse
 from megatron_smol.train.replicas import ReplicaCheck
 from megatron_smol.train.signals import ASKED_BY_FILE, STOP_FILE, StopFlag
@@ -67,14 +67,14 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
                 f"stage '{stage.name}' sets document_mask, which Transformer Engine's attention would ignore as it is "
                 "called here; set document_mask: false"
             )
-    lock: IO[str] | None = None
+    lock: RunLock | None = None
     console = Console(soft_wrap=True, highlight=False)
     with together("opening the run folder", only_rank=0) as mine:
         if mine:
             lock = _prepare_folder(plan, lambda line: console.print(line, markup=False))
     ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with Watchdog(recipe.run_path, *ranks, pulse, recipe.guard) as watchdog:
-        finished = _train_watched(plan, sources, stop, console, pulse, watchdog)
+        finished = _train_watched(plan, sources, stop, console, pulse, watchdog, lock)
         torch.distributed.destroy_process_group()
     if lock:
         lock.close()
@@ -88,6 +88,7 @@ def _train_watched(
     console: Console,
     pulse: Pulse,
     watchdog: Watchdog,
+    lock: RunLock | None,
 ) -> bool:
     """Build, resume, train; True when all stages are done. An error that another rank may have caused is explained."""
     recipe, first = plan.recipe, plan.stages[0]
@@ -96,6 +97,7 @@ def _train_watched(
         # What looks at a step comes before what writes it down.
         hooks: list[Hook] = [
             watchdog,
+            Ownership(lock),
             Guard(recipe),
             Stragglers(recipe.guard),
             StepLog(console),
@@ -137,7 +139,7 @@ def open_sources(recipe: Recipe) -> dict[str, TokenSource]:
     return sources
 
 
-def _prepare_folder(plan: Plan, say: Callable[[str], None]) -> IO[str]:
+def _prepare_folder(plan: Plan, say: Callable[[str], None]) -> RunLock:
     """Make the run folder this run's; returns its lock, held as long as the file is open."""
     recipe = plan.recipe
     try:

@@ -327,6 +327,14 @@ class Cluster:
             self._start_node(node)
         self._until(lambda: self.idle() == self.nodes, "nodes")
 
+    def up(self, node: int) -> bool:
+        """Whether Slurm would give it, or has given it, to a job."""
+        return self.run("sinfo", "-h", "-n", f"node{node}", "-p", "batch", "-o", "%T").strip() in (
+            "idle",
+            "allocated",
+            "mixed",
+        )
+
     def idle(self) -> int:
         """How many nodes are up and free."""
         command = [str(self.folder / "bin/sinfo"), "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N"]

@@ -59,7 +59,7 @@ def to_nodes(
 
     def heal() -> None:
         mend(hit[-1])
-        user.until(lambda: user.cluster.idle() >= 1, "idle node")
+        user.until(lambda: user.cluster.up(hit[-1]), "node that is back")
 
     try:
         return struck(user, whole, wanted, strike, heal, overrides)

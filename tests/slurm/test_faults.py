@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import LONG, User
+from tests.slurm.conftest import LONG, User, assert_nothing_lost
 from tests.slurm.strikes import Strike, finish, struck, to_nodes, until_saving
 from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun, smol
@@ -94,12 +94,37 @@ def test_frozen_batch_host_where_slurm_is_patient(user: User, whole: TinyRun, ta
     not free before. Where Slurm gives a silent node minutes, as most do, the watchdog has ended the ranks long before."""
     with user.cluster.patience(100):
         overrides = f"{LONG} guard.step_timeout=20"
-        made = to_nodes(user, whole, 0, trials(2), user.cluster.freeze, user.cluster.thaw, overrides)
+        made = to_nodes(user, whole, 0, trials(2), user.cluster.freeze, user.cluster.reboot, overrides)
     table.add(
         "the node that runs the batch script frozen, where Slurm waits 100 s for a silent node and the watchdog 20 s",
         "Slurm requeues: `restart 1, nodes ...`",
         "equal",
         made,
+    )
+
+
+def test_node_frozen_for_good(user: User, whole: TinyRun, table: FaultTable) -> None:
+    """Its ranks keep the run folder's lock, as one does that waits for a driver for ever: the next leg takes the folder
+    over, and what thaws when the run is done touches nothing."""
+    job = user.submit(overrides=LONG, LOCK_SECONDS="20")
+    user.until_line(30)
+    node = user.cluster.names(job)[0]
+    strike = Strike.now(user, job)
+    user.cluster.freeze(node)
+    try:
+        trial = strike.followed(whole.run)
+        finish(user, job, whole)
+    finally:
+        user.cluster.thaw(node)
+        user.until(lambda: user.cluster.idle() == 3, "thawed node", seconds=300)
+    assert "is taken over" in user.log(job)
+    assert_nothing_lost(user, whole)
+    assert trial is not None
+    table.add(
+        "the node that runs the batch script frozen for the rest of the run",
+        "`... is taken over: Slurm started this job again`",
+        "equal, also after it thaws",
+        [trial],
     )
 
 

@@ -129,29 +129,7 @@ def test_two_jobs_in_one_run_folder(tiny: TinyRun) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         fails(tiny, 2, "another job is training in", "(job 7, process 9 on node3)")
     assert tiny.train(SLURM_JOB_ID="8").returncode == 0, "what a dead job left is taken over"
-    assert (tiny.run / ".lock").read_text().startswith("job 8, process ")
-
-
-def test_an_earlier_leg_that_is_not_gone_yet(tiny: TinyRun) -> None:
-    """It was frozen with its node, say. Its own job waits for it and then starts again; another job has no business here."""
-    tiny.run.mkdir()
-    with (tiny.run / ".lock").open("w") as held:
-        held.write("job 7 of array 5, process 9 on node3")
-        held.flush()
-        fcntl.flock(held, fcntl.LOCK_EX)
-        fails(tiny, 2, "another job is training in", SLURM_JOB_ID="8", LOCK_SECONDS="60")
-        fails(tiny, 7, "an earlier leg of this job still holds", "node3", SLURM_JOB_ID="7", LOCK_SECONDS="1")
-        waiting = subprocess.Popen(
-            smol("train", tiny.recipe),
-            env=environment(SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="5"),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert waiting.stdout is not None
-        while "held by an earlier leg" not in (line := waiting.stdout.readline()):
-            assert line, "ended without waiting"
-    assert "all 4 stages are done" in waiting.stdout.read() and waiting.wait() == 0
-    assert (tiny.run / ".lock").read_text().startswith("job 8 of array 5, process ")
+    assert (tiny.run / ".lock").read_text().startswith("job 8, start 0.0, process ")
 
 
 def test_a_damaged_branch_point_is_named(tiny: TinyRun) -> None:

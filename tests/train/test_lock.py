@@ -1,0 +1,139 @@
+"""One job trains in a run folder: what is left of an earlier start is waited for, then shut out; others are refused."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_smol.errors import InUseError, UserError
+from megatron_smol.train.lock import RunLock, take_lock
+from tests.tiny import TinyRun, environment, rows, smol, wait_for
+
+EARLIER = "job 7 of array 5, start 0.1, process 9 on node3"
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Path]:
+    with (tmp_path / ".lock").open("w") as lock:
+        lock.write(EARLIER)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path
+
+
+def take(
+    folder: Path, patch: pytest.MonkeyPatch, said: list[str], seconds: str = "1", **slurm: str
+) -> RunLock:
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "RESTART_COUNT"):
+        patch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in (slurm | {"LOCK_SECONDS": seconds}).items():
+        patch.setenv(name, value)
+    return take_lock(folder, said.append)
+
+
+OTHERS: list[dict[str, str]] = [
+    {},
+    {"SLURM_JOB_ID": "8"},
+    {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "6", "SLURM_RESTART_COUNT": "3"},
+    # Twice in one interactive allocation: neither is the other's successor.
+    {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SMOL_ATTEMPT": "1"},
+]
+
+
+@pytest.mark.parametrize("slurm", OTHERS)
+def test_others_are_refused_at_once(
+    held: Path, monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str]
+) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"another job is training in .*process 9 on node3") as refused:
+        take(held, monkeypatch, said, seconds="60", **slurm)
+    assert refused.value.exit_code == 2 and not said
+
+
+@pytest.mark.parametrize("later", [{"SLURM_RESTART_COUNT": "1"}, {"SMOL_ATTEMPT": "2"}])
+def test_a_later_start_of_the_job_takes_over(
+    held: Path, monkeypatch: pytest.MonkeyPatch, later: dict[str, str]
+) -> None:
+    said: list[str] = []
+    lock = take(held, monkeypatch, said, SLURM_JOB_ID="7", **later)
+    lock.require()
+    assert "still held by an earlier leg" in said[0] and "taken over" in said[1]
+    assert (held / ".lock").read_text().startswith("job 7, start ")
+    again: list[str] = []
+    with pytest.raises(UserError, match="another job"):
+        take(held, monkeypatch, again, SLURM_JOB_ID="8")
+    lock.close()
+    take(held, monkeypatch, again, SLURM_JOB_ID="8").close()
+    assert not again
+
+
+def test_who_was_shut_out_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7")
+    first.require()
+    second = take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    with pytest.raises(InUseError, match="taken over by a later start"):
+        first.require()
+    second.require()
+
+
+def test_an_element_of_the_array_is_waited_for_but_not_shut_out(
+    held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InUseError, match=r"earlier leg still holds .* after 1 s"):
+        take(held, monkeypatch, [], SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="5")
+
+
+def test_what_goes_in_time_is_only_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, said = take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7"), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        first.close()
+
+    monkeypatch.setenv("LOCK_SECONDS", "60")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = take_lock(tmp_path, say)
+    assert len(said) == 1 and "waits" in said[0]
+    lock.require()
+
+
+def test_a_frozen_run_that_thaws_too_late_writes_nothing(tiny: TinyRun) -> None:
+    """On one process, so that no dead peer stops it: only its lock can."""
+    first = start(tiny, SLURM_RESTART_COUNT="0")
+    wait_for(tiny.run / "metrics.jsonl", 7, first)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = start(tiny, SLURM_RESTART_COUNT="1", LOCK_SECONDS="1")
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 0 and "is taken over" in output, output
+        written = contents(tiny.run)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 7 and "taken over by a later start" in output, output
+    assert contents(tiny.run) == written
+    steps = [(row["stage"], row["step"]) for row in rows(tiny.run / "metrics.jsonl")]
+    assert len(steps) == len(set(steps)) and steps[-1] == ("long", 13)
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """Of a run's files, heartbeats apart."""
+    return {
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "watchdog" not in path.parts
+    }
+
+
+def start(tiny: TinyRun, **slurm: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        smol("train", tiny.recipe),
+        env=environment(SLURM_JOB_ID="7", **slurm),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
