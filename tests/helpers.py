@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing as mp
 import os
 import queue
@@ -13,10 +15,19 @@ from typing import Any
 RANK_TIMEOUT_S = 300
 
 
+# Below the range from which the system gives ports of its own choice, so that between this and the meeting of the ranks no
+# listener of another test can take it; a block for each worker of pytest-xdist.
+_PORTS_PER_WORKER = 4000
+_FIRST_PORT = 12000 + _PORTS_PER_WORKER * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 5)
+_tried = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    while True:
+        port = _FIRST_PORT + next(_tried) % _PORTS_PER_WORKER
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

@@ -94,19 +94,25 @@ def verify_files(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / COMPLETE} cannot be read ({error})") from error
     for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        found = file.stat().st_size
-        if found != expected.get("bytes"):
-            raise CheckpointError(f"{file} has {found} bytes, {expected.get('bytes')} were written")
-        kind = next((kind for kind in _CHECKSUMS if kind in expected), None)
-        if kind is None:
-            raise CheckpointError(f"{path / COMPLETE} gives {name} no checksum that this version knows")
-        if _hexdigest(file, kind) != expected[kind]:
-            raise CheckpointError(
-                f"{file} does not have the checksum it was written with ({kind}): its content changed"
-            )
+        try:
+            _verify_file(path / name, expected)
+        except OSError as error:  # a bad sector
+            raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from error
+
+
+def _verify_file(file: Path, expected: dict[str, Any]) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    found = file.stat().st_size
+    if found != expected.get("bytes"):
+        raise CheckpointError(f"{file} has {found} bytes, {expected.get('bytes')} were written")
+    kind = next((kind for kind in _CHECKSUMS if kind in expected), None)
+    if kind is None:
+        raise CheckpointError(f"{COMPLETE} gives {file} no checksum that this version knows")
+    if _hexdigest(file, kind) != expected[kind]:
+        raise CheckpointError(
+            f"{file} does not have the checksum it was written with ({kind}): its content changed"
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

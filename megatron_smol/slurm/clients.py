@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
+from collections.abc import Callable
 
 from megatron_smol.errors import UserError
+
+AWAY = re.compile(
+    r"unable to contact|timed out|connection refused|connect failure|no answer in", re.IGNORECASE
+)
+PATIENCE_SECONDS = 600.0  # a controller that is updated or changes hosts
+_POLL_SECONDS = 5.0
+
+
+def ask_patiently(*command: str) -> str:
+    """The same from inside a job, which a controller that is away for some minutes must not end."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask(*command)
+        except UserError as error:
+            if not AWAY.search(str(error)) or time.monotonic() > until:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def ask(*command: str, seconds: float = 60) -> str:
@@ -30,7 +50,8 @@ def host_names(node_list: str) -> list[str]:
 def answering(nodes: list[str]) -> list[str]:
     """Those that Slurm does not call down, drained or silent (a `*` behind the state), in the given order."""
     rows = (
-        line.split() for line in ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T").splitlines()
+        line.split()
+        for line in ask_patiently("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T").splitlines()
     )
     state = dict(rows)
     lost = ("down", "drain", "fail", "*", "reboot")
@@ -50,7 +71,7 @@ def is_held(facts: dict[str, str]) -> bool:
     return facts.get("JobState") == "REQUEUE_HOLD" or "held" in reason or "jobhold" in reason
 
 
-def job(job_id: str) -> dict[str, str]:
+def job(job_id: str, ask: Callable[..., str] = ask) -> dict[str, str]:
     """`scontrol show job` as a mapping; UserError when Slurm no longer knows it."""
     text = ask("scontrol", "show", "job", job_id).split("\n\n")[0]
     return dict(item.split("=", 1) for item in text.split() if "=" in item)

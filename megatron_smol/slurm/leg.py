@@ -219,7 +219,7 @@ class Leg:
 
     def _state(self) -> str:
         try:
-            job = clients.job(self.job)
+            job = clients.job(self.job, clients.ask_patiently)
         except UserError:
             return "UNKNOWN"
         # Slurm lost sight of this node (its slurmd died, say) and started the job on others: that is not this leg's to end.
@@ -227,7 +227,11 @@ class Leg:
 
     def _fit_nodes(self) -> list[str]:
         """As many fit nodes as are needed, or none; who is not fit, and why, is said."""
-        up = clients.answering(self.nodes)
+        try:
+            up = clients.answering(self.nodes)
+        except UserError as error:
+            self.say(f"preflight: {error}")
+            return []
         unfit = {node: "Slurm calls it down or drained" for node in self.nodes if node not in up}
         fit = up
         if os.environ.get("PREFLIGHT", "1") != "0" and up:
@@ -299,6 +303,7 @@ class Leg:
     def _end(self, decision: Decision, stands: legs.Position) -> int:
         if decision.action is Action.DONE:
             mark: dict[str, Any] = {"job": self.job, "restart": self.restart, "checkpoint": stands.name}
+            (self.run / "slurm").mkdir(exist_ok=True)
             write_whole(self.run / "slurm" / f"{self.job}.done", json.dumps(mark) + "\n")
         self.say(f"{decision.action}: {decision.reason} (exit code {decision.exit_code})")
         if decision.action is Action.RESTART:
@@ -315,7 +320,7 @@ class Leg:
             self.say(f"not requeued from here: Slurm calls the job {state}")
             return
         try:
-            clients.ask("scontrol", "requeue", self.job)
+            clients.ask_patiently("scontrol", "requeue", self.job)
             self.say("requeued; the same job goes on in the same log")
         except UserError as error:
             self.say(f"{error}; submit the job again to go on")

@@ -95,6 +95,8 @@ def futile_legs(
     """How many starts of this chain in a row, up to this one (number `restart` of `job`), began at the checkpoint that
     is still the newest. A start whose row could not be written (a full disk) counts with the ones around it."""
     starts = [row for row in rows if row.get("event") == "start" and row.get("chain") == chain]
+    if not starts:  # not even the first row could be written
+        return restart + 1
     count, after = 0, restart + 1
     for row in reversed(starts):
         if row["job"] == job:

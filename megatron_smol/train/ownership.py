@@ -34,3 +34,6 @@ class Ownership(Hook):
 
     def before_save(self, trainer: Trainer) -> None:
         self._require()
+
+    def on_saved(self, trainer: Trainer, path: str) -> None:
+        self._require()

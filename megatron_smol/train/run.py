@@ -110,6 +110,8 @@ def _train_watched(
         finished = trainer.fit()
         _farewell(trainer, finished)
     except UserError:
+        if lock:
+            lock.require()  # a save that failed because a later start cleared it away: that is the reason to tell
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -205,6 +206,22 @@ def test_one_bit_of_state_json(tmp_path: Path) -> None:
         assert found is not None and found.path == good, (at, bit)
         if not bad.exists():  # it is, when the flip made its step a smaller one: then nobody asked for it
             (tmp_path / f"{folder.DAMAGED}{bad.name}").rename(bad)
+
+
+def test_a_bad_sector_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = make(tmp_path, "one", 0, 2), make(tmp_path, "one", 0, 4)
+    real = Path.open
+
+    def unreadable(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == bad / "weights":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", unreadable)
+    said: list[str] = []
+    found = folder.choose_newest(tmp_path, said.append)
+    assert found is not None and found.path == good
+    assert len(said) == 1 and f"{bad / 'weights'} cannot be read (Input/output error)" in said[0]
 
 
 def test_checkpoints_of_format_1_are_read(tmp_path: Path) -> None:

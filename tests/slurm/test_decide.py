@@ -75,6 +75,7 @@ def test_starts_whose_rows_could_not_be_written_count() -> None:
     # A new attempt inside the same start, and the next element of an array, leave no hole.
     assert futile_legs([*rows, start((0, 40), restart=1)], "7", (0, 40), "7", 1) == 2
     assert futile_legs([start((0, 40), restart=0)], "7", (0, 40), "8", 0) == 1
+    assert futile_legs([], "7", (0, 0), "7", 2) == 3, "not even the first row could be written"
 
 
 def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,21 @@ import pytest
 
 from megatron_smol.errors import InUseError, UserError
 from megatron_smol.train.lock import RunLock, take_lock
-from tests.tiny import TinyRun, environment, rows, smol, wait_for
+from tests.tiny import TinyRun, environment, rows, smol
 
+# `smol`, which stops itself before its eighth step, when no save is under way.
+FREEZING = """
+import os, signal
+from megatron_smol import cli
+from megatron_smol.train.trainer import Trainer
+train, frozen = Trainer._step, []
+def step(self, stage, batch):
+    if self.state.step >= 7 and self._saving is None and not frozen:
+        frozen.append(os.kill(os.getpid(), signal.SIGSTOP))
+    train(self, stage, batch)
+Trainer._step = step
+cli.entry()
+"""
 EARLIER = "job 7 of array 5, start 0.1, process 9 on node3"
 
 
@@ -105,17 +120,16 @@ def test_what_goes_in_time_is_only_waited_for(tmp_path: Path, monkeypatch: pytes
 
 def test_a_frozen_run_that_thaws_too_late_writes_nothing(tiny: TinyRun) -> None:
     """On one process, so that no dead peer stops it: only its lock can."""
-    first = start(tiny, SLURM_RESTART_COUNT="0")
-    wait_for(tiny.run / "metrics.jsonl", 7, first)
-    os.kill(first.pid, signal.SIGSTOP)
+    first = start(tiny, sys.executable, "-c", FREEZING, "train", str(tiny.recipe), SLURM_RESTART_COUNT="0")
+    wait_until_stopped(first)
     try:
-        second = start(tiny, SLURM_RESTART_COUNT="1", LOCK_SECONDS="1")
-        output, _ = second.communicate(timeout=120)
+        second = start(tiny, *smol("train", tiny.recipe), SLURM_RESTART_COUNT="1", LOCK_SECONDS="1")
+        output, _ = second.communicate(timeout=600)
         assert second.returncode == 0 and "is taken over" in output, output
         written = contents(tiny.run)
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    output, _ = first.communicate(timeout=120)
+    output, _ = first.communicate(timeout=600)
     assert first.returncode == 7 and "taken over by a later start" in output, output
     assert contents(tiny.run) == written
     steps = [(row["stage"], row["step"]) for row in rows(tiny.run / "metrics.jsonl")]
@@ -123,15 +137,23 @@ def test_a_frozen_run_that_thaws_too_late_writes_nothing(tiny: TinyRun) -> None:
 
 
 def contents(run: Path) -> dict[Path, bytes]:
-    """Of a run's files, heartbeats apart."""
+    """Of a run's files, but for heartbeats and what TensorBoard's own thread had in hand."""
+    own = {"watchdog", "tensorboard"}
     return {
-        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "watchdog" not in path.parts
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and not own & set(path.parts)
     }
 
 
-def start(tiny: TinyRun, **slurm: str) -> subprocess.Popen[str]:
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 300
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until and process.poll() is None, "it did not stop"
+        time.sleep(0.05)
+
+
+def start(tiny: TinyRun, *command: str, **slurm: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        smol("train", tiny.recipe),
+        command,
         env=environment(SLURM_JOB_ID="7", **slurm),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -113,7 +113,7 @@ def test_a_straggler_is_named(tiny: TinyRun) -> None:
     # A busy machine makes stragglers of its own; the planted one is there whatever the others do.
     row = next(row for row in incidents(tiny) if row["rank"] == 1)
     assert (row["what"], row["host"]) == ("straggler", os.uname().nodename)
-    assert row["stage"] == "two" and row["step"] >= 2 + 4, "after four comparisons"
+    assert row["stage"] == "two" and row["step"] >= 4, "after four comparisons"
     log = (tiny.run / "log.txt").read_text()
     assert "!! rank 1 on" in log
     assert "own part of a step: median rank" in log, "the summary at the end"
