@@ -188,9 +188,7 @@ class _DurableFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        if not str(path).endswith(
-            DEFAULT_SUFFIX
-        ):  # .metadata: small, renamed, and its checksum taken with the rest
+        if not str(path).endswith(DEFAULT_SUFFIX):  # .metadata: small, renamed, summed up with the rest
             with super().create_stream(path, mode) as stream:
                 yield stream
             return

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_smol.errors import CheckpointError
 STATE, COMPLETE = "state.json", "complete.json"
 WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
 # Finds damage, not forgery: whoever can change a tensor can change complete.json, and checkpoint/safe.py is against him.
-# Fourteen times faster than SHA-256 with the processor's own instructions, so neither a save nor a start waits for it.
+# Unlike SHA-256, no save waits for it (`python -m bench checkpoint` tells what checksums cost).
 CHECKSUM = "xxh3_128"
 _CHECKSUMS: dict[str, Any] = {CHECKSUM: xxhash.xxh3_128, "sha256": hashlib.sha256}  # the latter in format 1
 FORMAT, _READABLE = 2, (1, 2)
@@ -200,9 +201,12 @@ def discard(path: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, keep: set[str]) -> list[Path]:
-    """Remove all but the `keep_last` newest checkpoints and those named in `keep`; returns what went."""
-    removable = [c.path for c in list_checkpoints(folder)[:-keep_last] if c.path.name not in keep]
+def prune(folder: Path, keep_last: int, keeps: Callable[[Checkpoint], bool]) -> list[Path]:
+    """Remove all but the `keep_last` newest checkpoints and those that `keeps` wants; returns what went.
+
+    Judged as they lie there now: a process that was frozen on the way here must not remove what came after.
+    """
+    removable = [c.path for c in list_checkpoints(folder)[:-keep_last] if not keeps(c)]
     for path in removable:
         discard(path)
     return removable

@@ -55,13 +55,16 @@ class Output:
                 f"{self.folder} was made from something else ({_difference(before, asked)}); choose another "
                 "--output, or replace it with --overwrite"
             )
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock or take_lock(self.work, say)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or take_lock(self.work, say)
+        except FileNotFoundError:  # the one whom we waited for is done, and removed it
+            self.open(asked, overwrite, say)
+            return
         if self._asked_before() == asked:  # half done, or done by the one whom we waited for
             return
-        if (
-            before is not None
-        ):  # a kill from here on leaves what is known as the old work, and no longer as complete
+        if before is not None:
+            # A kill from here on leaves what is known as the old work, and no longer as complete.
             write_whole(self.work / ASKED, json.dumps(before, indent=1))
             (self.folder / RECORD).unlink(missing_ok=True)
             _remove([*_others(self.folder, WORK), *_others(self.work, LOCK, ASKED)])

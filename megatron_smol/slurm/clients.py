@@ -5,25 +5,24 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
 
 from megatron_smol.errors import UserError
 
-AWAY = re.compile(
-    r"unable to contact|timed out|connection refused|connect failure|no answer in", re.IGNORECASE
+_AWAY = re.compile(
+    "unable to contact|timed out|connection refused|connect failure|no answer in", re.IGNORECASE
 )
 PATIENCE_SECONDS = 600.0  # a controller that is updated or changes hosts
 _POLL_SECONDS = 5.0
 
 
 def ask_patiently(*command: str) -> str:
-    """The same from inside a job, which a controller that is away for some minutes must not end."""
+    """`ask` from inside a job, which a controller that is away for some minutes must not end."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             return ask(*command)
         except UserError as error:
-            if not AWAY.search(str(error)) or time.monotonic() > until:
+            if not _AWAY.search(str(error)) or time.monotonic() > until:
                 raise
         time.sleep(_POLL_SECONDS)
 
@@ -71,7 +70,7 @@ def is_held(facts: dict[str, str]) -> bool:
     return facts.get("JobState") == "REQUEUE_HOLD" or "held" in reason or "jobhold" in reason
 
 
-def job(job_id: str, ask: Callable[..., str] = ask) -> dict[str, str]:
+def job(job_id: str, *, patient: bool = False) -> dict[str, str]:
     """`scontrol show job` as a mapping; UserError when Slurm no longer knows it."""
-    text = ask("scontrol", "show", "job", job_id).split("\n\n")[0]
+    text = (ask_patiently if patient else ask)("scontrol", "show", "job", job_id).split("\n\n")[0]
     return dict(item.split("=", 1) for item in text.split() if "=" in item)

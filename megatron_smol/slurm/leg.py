@@ -219,7 +219,7 @@ class Leg:
 
     def _state(self) -> str:
         try:
-            job = clients.job(self.job, clients.ask_patiently)
+            job = clients.job(self.job, patient=True)
         except UserError:
             return "UNKNOWN"
         # Slurm lost sight of this node (its slurmd died, say) and started the job on others: that is not this leg's to end.

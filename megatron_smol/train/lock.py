@@ -57,7 +57,7 @@ class RunLock:
 
 
 def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
-    """The lock of `folder`, which exists.
+    """The lock of `folder`, which exists (FileNotFoundError when it is removed while we wait).
 
     Another job's folder is refused at once (UserError). An earlier start of this very job is waited for, LOCK_SECONDS, and then
     loses it. Another element of this array is waited for; then it is an InUseError, with which a job starts again.
@@ -88,16 +88,16 @@ def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
 
 
 def _taken(folder: Path) -> RunLock | None:
-    lock = RunLock(folder, (folder / LOCK).open("a+"))
-    try:
-        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    if not lock._in_place():  # put away while it was opened
-        lock.close()
-        return None
-    return lock
+    while True:
+        lock = RunLock(folder, (folder / LOCK).open("a+"))
+        try:
+            fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        if lock._in_place():
+            return lock
+        lock.close()  # put away while it was opened: the one that is there now counts
 
 
 def _taken_over(folder: Path) -> RunLock:

@@ -249,11 +249,7 @@ class Trainer:
             hook.on_saved(self, str(saving.path))
 
     def _remove_old_checkpoints(self) -> None:
-        folder.prune(self.checkpoints, self.plan.recipe.save.keep_last, self._kept_for_good())
+        folder.prune(self.checkpoints, self.plan.recipe.save.keep_last, self._kept_for_good)
 
-    def _kept_for_good(self) -> set[str]:
-        return {
-            checkpoint.path.name
-            for checkpoint in folder.list_checkpoints(self.checkpoints)
-            if self.plan.keeps(self.plan.stage(checkpoint.stage).index, checkpoint.step)
-        }
+    def _kept_for_good(self, checkpoint: folder.Checkpoint) -> bool:
+        return self.plan.keeps(self.plan.stage(checkpoint.stage).index, checkpoint.step)

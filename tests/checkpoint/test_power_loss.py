@@ -32,7 +32,7 @@ def save_three_times(where: str) -> list[Cut]:
                 {"stage": "one", "stage_index": 0, "step": step},
                 10_000,
                 staging,
-                lambda: folder.prune(checkpoints, 1, set()) and None,
+                lambda: folder.prune(checkpoints, 1, lambda _: False) and None,
             ).finish()
             disk.promised = step
     return disk.cuts

@@ -22,7 +22,7 @@ from megatron_smol.checkpoint import folder
 where, saves, keep, size, die_before_pruning = Path(sys.argv[1]), *map(int, sys.argv[2:])
 folder.remove_unfinished(where)
 found = folder.choose_newest(where)
-folder.prune(where, keep, set())
+folder.prune(where, keep, lambda _: False)
 print("started", flush=True)
 for step in range(found.step + 1 if found else 1, saves + 1):
     writing = where / f"{folder.WRITING}{step}-{os.getpid()}"
@@ -33,7 +33,7 @@ for step in range(found.step + 1 if found else 1, saves + 1):
     folder.publish(writing, final, folder.describe_files(writing, [folder.STATE, "weights"]))
     if step == die_before_pruning:
         os.kill(os.getpid(), 9)
-    folder.prune(where, keep, set())
+    folder.prune(where, keep, lambda _: False)
 """
 
 

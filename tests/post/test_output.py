@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import InUseError, UserError
 from megatron_smol.post.output import Output, data_identity, model_identity
 
 ASKED = {"command": "sft", "model": "m", "data": "d", "settings": {"lr": 1.0, "seed": 1}}
@@ -134,13 +134,54 @@ def test_two_jobs_in_one_output(tmp_path: Path) -> None:
     assert second.complete and not second.work.exists()
 
 
-@pytest.mark.parametrize("killed_at", range(12))
+def test_one_that_waits_while_the_other_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first, second = Output(tmp_path / "out"), Output(tmp_path / "out")
+    first.open(ASKED, overwrite=False)
+    written = first.work / "model"
+    written.mkdir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second.open(ASKED, overwrite=False, say=lambda _: first.publish(written, {}))
+    assert second.complete and not second.work.exists()
+
+
+def test_one_that_was_shut_out_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("LOCK_SECONDS", "0")
+    first, second = Output(tmp_path / "out"), Output(tmp_path / "out")
+    first.open(ASKED, overwrite=False)
+    (first.work / "checkpoint-2").mkdir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second.open(ASKED, overwrite=False)
+    for write in (lambda: first.mark_complete(2), lambda: first.publish(first.work / "checkpoint-2", {})):
+        with pytest.raises(InUseError):
+            write()
+    second.mark_complete(2)
+
+
 @pytest.mark.parametrize("complete", [True, False])
-def test_replacing_survives_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool, killed_at: int
-) -> None:
+def test_replacing_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool) -> None:
     """At every file that goes or comes: the same command starts the new work, and nothing is left of the old."""
-    folder, other = tmp_path / "out", {**ASKED, "model": "n"}
+    other = {**ASKED, "model": "n"}
+    for allowed in itertools.count():
+        folder = old_work(tmp_path / f"killed-after-{allowed}", complete)
+        killed = False
+        with monkeypatch.context() as patch:
+            stop_after(allowed, patch)
+            try:
+                Output(folder).open(other, overwrite=True)
+            except KeyboardInterrupt:
+                killed = True
+        gc.collect()  # the lock of the one that was killed
+        Output(folder).open(other, overwrite=True)
+        assert sorted(path.name for path in folder.rglob("*")) == [".lock", ".work", "asked.json"]
+        assert json.loads((folder / ".work/asked.json").read_text()) == other
+        if not killed:
+            break
+    assert allowed >= 7, "so many files, and a kill before each"
+
+
+def old_work(folder: Path, complete: bool) -> Path:
     if complete:
         finished(folder)
     else:
@@ -149,24 +190,22 @@ def test_replacing_survives_a_kill(
             (folder / ".work" / name).mkdir()
             (folder / ".work" / name / "weights").write_text("old")
     (folder / "metrics.jsonl").write_text("old")
-    done = 0
+    return folder
+
+
+def stop_after(allowed: int, patch: pytest.MonkeyPatch) -> None:
+    """So many files and folders may be removed or renamed, then comes the kill."""
+    left = allowed
 
     def counted(real: Any) -> Any:
         def act(*arguments: Any, **named: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done > killed_at:
+            nonlocal left
+            left -= 1
+            if left < 0:
                 raise KeyboardInterrupt
             return real(*arguments, **named)
 
         return act
 
-    with monkeypatch.context() as patch:
-        for module, name in ((os, "unlink"), (os, "rmdir"), (os, "replace"), (os, "rename")):
-            patch.setattr(module, name, counted(getattr(module, name)))
-        with contextlib.suppress(KeyboardInterrupt):
-            Output(folder).open(other, overwrite=True)
-    gc.collect()  # the lock of the one that was killed
-    Output(folder).open(other, overwrite=True)
-    assert sorted(path.name for path in folder.rglob("*")) == [".lock", ".work", "asked.json"]
-    assert json.loads((folder / ".work/asked.json").read_text()) == other
+    for name in ("unlink", "rmdir", "replace", "rename"):
+        patch.setattr(os, name, counted(getattr(os, name)))

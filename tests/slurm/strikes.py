@@ -21,14 +21,13 @@ def struck(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[], None] = lambda: None,
-    overrides: str = LONG,
 ) -> list[Trial]:
     """Do `fault` (it gets the job's id) `wanted` times to jobs one after the other. Every job then ends equal to the
     run that nothing happened to."""
     chance = random.Random(wanted)
     made: list[Trial] = []
     while len(made) < wanted:
-        job = user.submit(overrides=overrides, FUTILE_LEGS="100")
+        job = user.submit(overrides=LONG, FUTILE_LEGS="100")
         while len(made) < wanted and random_moment(user, job, chance):
             strike = Strike.now(user, job)
             fault(job)
@@ -48,7 +47,6 @@ def to_nodes(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[int], None],
-    overrides: str = LONG,
 ) -> list[Trial]:
     """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
     hit: list[int] = []
@@ -62,7 +60,7 @@ def to_nodes(
         user.until(lambda: user.cluster.up(hit[-1]), "node that is back")
 
     try:
-        return struck(user, whole, wanted, strike, heal, overrides)
+        return struck(user, whole, wanted, strike, heal)
     finally:
         user.until(lambda: user.cluster.idle() == 3, "boot")
 

@@ -305,6 +305,26 @@ def test_controller_crash(user: User, whole: TinyRun, table: FaultTable) -> None
     )
 
 
+def test_the_controller_is_away_when_a_leg_ends(user: User, whole: TinyRun, table: FaultTable) -> None:
+    job = user.submit(overrides=LONG)
+    user.until_line(30)
+    ranks = user.ranks(job)
+    user.cluster.crash_controller()
+    for rank in ranks:
+        os.kill(rank, signal.SIGUSR1)
+    user.until(lambda: "training asked for a restart" in str(user.legs()), "end of the leg")
+    time.sleep(8)
+    user.cluster.start_controller()
+    finish(user, job, whole)
+    assert len(user.legs()) == 2, "asked for again until it answered"
+    table.add(
+        "`slurmctld` away for ten seconds when a leg ends",
+        "`requeued; the same job goes on in the same log`",
+        "equal",
+        [Trial(None, None, 0)],
+    )
+
+
 def test_submit_and_status(user: User) -> None:
     """`smol submit` writes, submits and records; `smol status` asks Slurm and the files."""
     settings = {"SMOL_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

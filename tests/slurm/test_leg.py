@@ -19,7 +19,7 @@ def test_a_leg_that_slurm_has_replaced_does_not_end_its_successor(
     """A node whose slurmd died runs on while Slurm starts the job elsewhere: a requeue from there would kill that start."""
     asked: list[tuple[str, ...]] = []
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(clients, "job", lambda *_: {"JobState": state, "Restarts": restarts})
+    monkeypatch.setattr(clients, "job", lambda *_, patient: {"JobState": state, "Restarts": restarts})
     monkeypatch.setattr(clients, "ask", lambda *command: asked.append(command) or "")
     leg = Leg([], None, "7", "7", restart=2, nodes=["n1"], needed=1, tasks_per_node=1)  # type: ignore[arg-type]
     leg._requeue()

@@ -17,17 +17,20 @@ from megatron_smol.errors import InUseError, UserError
 from megatron_smol.train.lock import RunLock, take_lock
 from tests.tiny import TinyRun, environment, rows, smol
 
-# `smol`, which stops itself before its eighth step, when no save is under way.
+# `smol`, which stops itself when it comes to a place for the third time.
 FREEZING = """
 import os, signal
 from megatron_smol import cli
+from megatron_smol.checkpoint import folder
 from megatron_smol.train.trainer import Trainer
-train, frozen = Trainer._step, []
-def step(self, stage, batch):
-    if self.state.step >= 7 and self._saving is None and not frozen:
-        frozen.append(os.kill(os.getpid(), signal.SIGSTOP))
-    train(self, stage, batch)
-Trainer._step = step
+owner, name = {"step": (Trainer, "_step"), "publishing": (folder, "publish"), "published": (folder, "prune")}[os.environ["FREEZE"]]
+real, times = getattr(owner, name), []
+def stopping(*arguments):
+    times.append(1)
+    if len(times) == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*arguments)
+setattr(owner, name, stopping)
 cli.entry()
 """
 EARLIER = "job 7 of array 5, start 0.1, process 9 on node3"
@@ -118,12 +121,14 @@ def test_what_goes_in_time_is_only_waited_for(tmp_path: Path, monkeypatch: pytes
     lock.require()
 
 
-def test_a_frozen_run_that_thaws_too_late_writes_nothing(tiny: TinyRun) -> None:
-    """On one process, so that no dead peer stops it: only its lock can."""
-    first = start(tiny, sys.executable, "-c", FREEZING, "train", str(tiny.recipe), SLURM_RESTART_COUNT="0")
+@pytest.mark.parametrize("place", ["step", "publishing", "published"])
+def test_a_frozen_run_that_thaws_too_late_writes_nothing(tiny: TinyRun, place: str) -> None:
+    """On one process, so that no dead peer stops it: only its lock can. Its saves are waited for, so that it is frozen in them."""
+    train = ("train", str(tiny.recipe), "save.asynchronous=false")
+    first = start(tiny, sys.executable, "-c", FREEZING, *train, SLURM_RESTART_COUNT="0", FREEZE=place)
     wait_until_stopped(first)
     try:
-        second = start(tiny, *smol("train", tiny.recipe), SLURM_RESTART_COUNT="1", LOCK_SECONDS="1")
+        second = start(tiny, *smol(*train), SLURM_RESTART_COUNT="1", LOCK_SECONDS="1")
         output, _ = second.communicate(timeout=600)
         assert second.returncode == 0 and "is taken over" in output, output
         written = contents(tiny.run)
