@@ -3,8 +3,8 @@
 The lock is the system's (flock), so that it does not outlive its process; the file's text says whose it is.
 
 A process may outlive its job: frozen, or waiting for a driver that never answers, on a node that Slurm gave up. The job's
-next start waits for it, then puts a lock file of its own in the place of the old one. Who holds the old one finds that
-out before it writes anything (`require`), and leaves.
+next start waits for it, then puts a lock file of its own in the place of the old one. Whose text is there no longer finds
+that out before it writes anything (`Claim.require`), and leaves. That works too where nodes do not see each other's flock.
 """
 
 from __future__ import annotations
@@ -32,26 +32,54 @@ class _Holder(Enum):
     ANOTHER = auto()
 
 
-@dataclass
-class RunLock:
-    """Held until it is closed, or the process is gone."""
+@dataclass(frozen=True)
+class Claim:
+    """That this start of the job trains in the folder, which its lock file then says. Every rank may hold one."""
 
     folder: Path
-    file: IO[str]
+    text: str
+
+    def holds(self) -> bool:
+        return _read(self.folder) == self.text
 
     def require(self) -> None:
         """InUseError if another start of the job has taken the folder over."""
-        if not self._in_place():
+        if not self.holds():
             raise InUseError(
                 f"{self.folder} was taken over by a later start of this job while this process did not run; it leaves"
             )
 
+
+@dataclass
+class RunLock:
+    """Held until it is closed, or the process is gone."""
+
+    claim: Claim
+    file: IO[str]
+
+    @classmethod
+    def open(cls, folder: Path, name: str = LOCK) -> RunLock:
+        claim = Claim(folder, f"{_me()}process {os.getpid()} on {socket.gethostname()}")
+        return cls(claim, (folder / name).open("a+"))
+
+    def require(self) -> None:
+        """InUseError if another start of the job has taken the folder over."""
+        self.claim.require()
+
     def close(self) -> None:
         self.file.close()
 
-    def _in_place(self) -> bool:
+    def write(self) -> None:
+        """Say whose it is, to processes on other nodes too."""
+        self.file.truncate(0)
+        self.file.write(self.claim.text)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def in_place(self) -> bool:
+        """Whether the file that is locked is the one that others find."""
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), (self.folder / LOCK).stat())
+            return os.path.samestat(os.fstat(self.file.fileno()), (self.claim.folder / LOCK).stat())
         except FileNotFoundError:
             return False
 
@@ -81,30 +109,28 @@ def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
             say(f"{folder} is taken over: Slurm started this job again, so the leg that holds it is lost")
             break
         time.sleep(0.5)
-    lock.file.truncate(0)
-    lock.file.write(f"{_me()}process {os.getpid()} on {socket.gethostname()}")
-    lock.file.flush()
+    lock.write()
     return lock
 
 
 def _taken(folder: Path) -> RunLock | None:
     while True:
-        lock = RunLock(folder, (folder / LOCK).open("a+"))
+        lock = RunLock.open(folder)
         try:
             fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
             return None
-        if lock._in_place():
+        if lock.in_place():
             return lock
         lock.close()  # put away while it was opened: the one that is there now counts
 
 
 def _taken_over(folder: Path) -> RunLock:
-    new = folder / f"{LOCK}-{os.getpid()}"
-    lock = RunLock(folder, new.open("a+"))
+    name = f"{LOCK}-{os.getpid()}"
+    lock = RunLock.open(folder, name)
     fcntl.flock(lock.file, fcntl.LOCK_EX)
-    new.replace(folder / LOCK)
+    (folder / name).replace(folder / LOCK)
     return lock
 
 

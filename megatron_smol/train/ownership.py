@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.train.hooks import Hook, StepDone
-from megatron_smol.train.lock import RunLock
+from megatron_smol.train.lock import Claim
 
 if TYPE_CHECKING:
     from megatron_smol.train.trainer import Trainer
@@ -16,12 +18,12 @@ class Ownership(Hook):
     """Rank 0, which writes the run's files, looks at its lock before it does. (Its unfinished saves are gone: the later start
     removed them.)"""
 
-    def __init__(self, lock: RunLock | None) -> None:
-        self._lock = lock
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
 
     def _require(self) -> None:
-        if self._lock:
-            self._lock.require()
+        if torch.distributed.get_rank() == 0:
+            self._claim.require()
 
     def on_stage_start(self, trainer: Trainer, stage: StagePlan) -> None:
         self._require()

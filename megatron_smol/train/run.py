@@ -5,6 +5,7 @@ The same command starts a run and continues it, on one process, under torchrun o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from megatron_smol.recipe.schema import Recipe
 from megatron_smol.recipe.units import format_tokens
 from megatron_smol.train.guard import Guard
 from megatron_smol.train.hooks import Hook
-from megatron_smol.train.lock import RunLock, take_lock
+from megatron_smol.train.lock import Claim, RunLock, take_lock
 from megatron_smol.train.monitor import Metrics, StepLog
 from megatron_smol.train.ownership import Ownership
 from megatron_smol.train.pulse import Pulse
@@ -40,8 +41,8 @@ from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 from megatron_smol.train.watchdog import Watchdog
 
-# A restart may find them gone, so they are told and tried again, on another node perhaps.
-DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE)
+# A restart may find them gone, so they are told and tried again, on another node perhaps. (ENOLCK: a file server is away.)
+DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK)
 ERROR_CHARACTERS = 160  # of gloo's and NCCL's paragraphs, in the log's one line
 
 
@@ -72,9 +73,12 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
     with together("opening the run folder", only_rank=0) as mine:
         if mine:
             lock = _prepare_folder(plan, lambda line: console.print(line, markup=False))
+    claims = [lock.claim if lock else None]
+    torch.distributed.broadcast_object_list(claims, 0)
+    assert claims[0]
     ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    with Watchdog(recipe.run_path, *ranks, pulse, recipe.guard) as watchdog:
-        finished = _train_watched(plan, sources, stop, console, pulse, watchdog, lock)
+    with Watchdog(recipe.run_path, *ranks, pulse, recipe.guard, claims[0]) as watchdog:
+        finished = _train_watched(plan, sources, stop, console, pulse, watchdog, claims[0])
         torch.distributed.destroy_process_group()
     if lock:
         lock.close()
@@ -88,7 +92,7 @@ def _train_watched(
     console: Console,
     pulse: Pulse,
     watchdog: Watchdog,
-    lock: RunLock | None,
+    claim: Claim,
 ) -> bool:
     """Build, resume, train; True when all stages are done. An error that another rank may have caused is explained."""
     recipe, first = plan.recipe, plan.stages[0]
@@ -97,7 +101,7 @@ def _train_watched(
         # What looks at a step comes before what writes it down.
         hooks: list[Hook] = [
             watchdog,
-            Ownership(lock),
+            Ownership(claim),
             Guard(recipe),
             Stragglers(recipe.guard),
             StepLog(console),
@@ -110,8 +114,9 @@ def _train_watched(
         finished = trainer.fit()
         _farewell(trainer, finished)
     except UserError:
-        if lock:
-            lock.require()  # a save that failed because a later start cleared it away: that is the reason to tell
+        _require(
+            claim
+        )  # a save that failed because a later start cleared it away: that is the reason to tell
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -123,8 +128,15 @@ def _train_watched(
         watchdog.explain(
             f"rank {torch.distributed.get_rank()} stopped at an error ({cause[:ERROR_CHARACTERS]})"
         )
+        _require(claim)
         raise
     return finished
+
+
+def _require(claim: Claim) -> None:
+    """Of a folder that may itself be what failed."""
+    with contextlib.suppress(OSError):
+        claim.require()
 
 
 def open_sources(recipe: Recipe) -> dict[str, TokenSource]:
@@ -151,7 +163,7 @@ def _prepare_folder(plan: Plan, say: Callable[[str], None]) -> RunLock:
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
     except OSError as error:
-        kind = DiskError if error.errno in NO_ROOM else UserError
+        kind = DiskError if error.errno in DISK_ERRORS else UserError
         raise kind(
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; mend that, or set run_dir elsewhere"
         ) from error

@@ -22,7 +22,7 @@ import traceback
 from collections import deque
 from pathlib import Path
 
-from megatron_smol.errors import EXIT_RESTART_ME
+from megatron_smol.errors import EXIT_RESTART_ME, InUseError
 from megatron_smol.recipe.schema import Guard
 from megatron_smol.train.heartbeat import (
     FOLDER,
@@ -38,6 +38,7 @@ from megatron_smol.train.heartbeat import (
 )
 from megatron_smol.train.hooks import Hook, StepDone
 from megatron_smol.train.incidents import write_incident
+from megatron_smol.train.lock import Claim
 from megatron_smol.train.pulse import PAUSES, Pulse
 
 LEAST_TIMEOUT_SECONDS, MEDIANS = 120.0, 10
@@ -53,9 +54,9 @@ _HERE = "/megatron_smol/"
 class Watchdog(Hook):
     """Watches `pulse`; a hook only to learn how long steps take. `with Watchdog(...)`: watches inside the block."""
 
-    def __init__(self, run: Path, rank: int, world: int, pulse: Pulse, settings: Guard) -> None:
+    def __init__(self, run: Path, rank: int, world: int, pulse: Pulse, settings: Guard, claim: Claim) -> None:
         self._run, self._folder, self._rank, self._world = run, run / FOLDER, rank, world
-        self._pulse, self._settings = pulse, settings
+        self._pulse, self._settings, self._claim = pulse, settings, claim
         self._host, self._started = socket.gethostname(), process_start(os.getpid()) or 0
         self._count = 0
         self._steps: deque[float] = deque(maxlen=STEPS)
@@ -141,6 +142,7 @@ class Watchdog(Hook):
         verdict = self._look_around()
         if verdict.moving or pulse != (self._pulse.phase, self._pulse.since):
             return  # slow, not hanging
+        self._leave_if_shut_out()
         if verdict.teller == self._rank:
             hang = "hang" if verdict.lagging else "hang of all ranks"
             self._tell(verdict, hang, f"no progress for {time.monotonic() - self._pulse.since:.0f} s")
@@ -156,9 +158,19 @@ class Watchdog(Hook):
         """After an error that another rank may have caused (a closed connection, a collective that timed out): say who."""
         with contextlib.suppress(OSError):
             verdict = self._look_around()
-            if verdict.teller == self._rank and verdict.lagging:
+            if verdict.teller == self._rank and verdict.lagging and self._claim.holds():
                 gone = all(beat in verdict.silent for beat in verdict.lagging)
                 self._tell(verdict, "lost rank" if gone else "hang", what)
+
+    def _leave_if_shut_out(self) -> None:
+        """A rank that was frozen and finds its peers gone is no hang of the run that a later start of its job goes on with."""
+        try:
+            self._claim.require()
+        except InUseError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)
+        except OSError:
+            return  # the file system is what hangs
 
     def _look_around(self) -> Verdict:
         with self._alone:

@@ -100,6 +100,21 @@ def test_who_was_shut_out_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     second.require()
 
 
+def test_who_was_shut_out_finds_out_where_nodes_do_not_see_each_others_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre's localflock, say: the later start gets the lock at once, of the same file."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    said: list[str] = []
+    first = take(tmp_path, monkeypatch, said, SLURM_JOB_ID="7")
+    first.require()
+    second = take(tmp_path, monkeypatch, said, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert not said
+    with pytest.raises(InUseError, match="taken over by a later start"):
+        first.require()
+    second.require()
+
+
 def test_an_element_of_the_array_is_waited_for_but_not_shut_out(
     held: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,25 @@ def test_a_collective_that_times_out_names_who_did_not_come(tiny: TinyRun) -> No
     assert "Timed out" in errors(tiny)
 
 
+@pytest.mark.parametrize("other", ["gone", "frozen"])
+def test_a_rank_that_thaws_when_a_later_start_has_the_run_tells_of_no_hang(tiny: TinyRun, other: str) -> None:
+    """Its peers are gone, or do not answer; the run that goes on is another one."""
+    processes = launch(tiny, *LONG, *WATCHED)
+    until_line(tiny, 9)
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    (tiny.run / ".lock").write_text("job 7, start 1.0, process 1 on node9")
+    if other == "gone":
+        processes[0].kill()
+    os.kill(processes[1].pid, signal.SIGCONT)
+    processes[1].join(90)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes[1] == 7, (codes, errors(tiny))
+    assert [row for row in incidents(tiny) if row["decision"] == "restart"] == []
+
+
 def test_slow_is_not_hanging(tiny: TinyRun) -> None:
     """A step within its time, much longer than the others, and a start that takes longer than a step may."""
     asleep = Fault("asleep", "two", 10, value=2.0, once=True)
