@@ -57,6 +57,10 @@ class Checkpoint:
         return int(self.state["step"])
 
 
+class _OtherFormat(CheckpointError):
+    """Of a later version, or damaged."""
+
+
 def checkpoint_name(stage: str, step: int) -> str:
     return f"{stage}-{step:08d}"
 
@@ -82,7 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read ({error}); use another checkpoint") from error
     if found not in _READABLE:
-        raise CheckpointError(f"{path} has format {found}, this version reads formats {_READABLE}")
+        raise _OtherFormat(f"{path} has format {found}, this version of the package reads {_READABLE}")
     return checkpoint
 
 
@@ -129,16 +133,20 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def _published(folder: Path) -> list[Path]:
     """All that were renamed into place. One without complete.json lost it later, and is as damaged as one without tensors."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if _NAME.fullmatch(p.name) and p.is_dir()]
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for e in entries if _NAME.fullmatch(e.name) and e.is_dir())
+    except FileNotFoundError:  # and nothing else: a folder that cannot be read is not an empty one
+        return []
 
 
 def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
     """The furthest checkpoint whose files are as they were written, to go on from.
 
     Damaged ones beyond it are named and moved aside as `.damaged-NAME`, so that they neither hide nor push out
-    the good ones that follow. None when nothing was ever published. CheckpointError when there are checkpoints
-    and none can be used: starting from zero in silence would throw a run away.
+    the good ones that follow; those found damaged earlier go, so that a bad disk does not fill up with them. None when
+    nothing was ever published. CheckpointError when there are checkpoints and none can be used, or one is of a later
+    version of this package: starting from zero, or from before it, in silence would throw a run away.
     """
     published = _published(folder)
     damaged: list[tuple[Path, CheckpointError]] = []
@@ -147,6 +155,8 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
         try:
             readable.append(read_checkpoint(path))
         except CheckpointError as error:
+            if isinstance(error, _OtherFormat) and _is_whole(path):
+                raise CheckpointError(f"{error}; use a later one, or move that checkpoint away") from error
             damaged.append((path, error))
     chosen = None
     for checkpoint in sorted(readable, key=lambda c: c.progress, reverse=True):
@@ -162,11 +172,20 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
             f"none of the {len(published)} checkpoints in {folder} can be used, the first because {damaged[0][1]}; "
             "restore one, or remove the folder to start over"
         )
+    for path in folder.glob(f"{DAMAGED}*") if damaged else ():
+        shutil.rmtree(path, ignore_errors=True)
     for path, why in damaged:
         warn(f"damaged checkpoint passed over: {why}")
-        shutil.rmtree(path.with_name(f"{DAMAGED}{path.name}"), ignore_errors=True)
         path.rename(path.with_name(f"{DAMAGED}{path.name}"))
     return chosen
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_files(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -187,7 +206,12 @@ def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> Non
         final.exists()
     ):  # the same step saved again (after a roll-back, say); `remove_unfinished` knows what a kill leaves
         final.rename(replaced)
-    writing.rename(final)
+    try:
+        writing.rename(final)
+    except OSError:  # cleared away by a later start that took this process for dead: what it published stays
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     fsync(final.parent)
     if replaced.exists():
         discard(replaced)
@@ -222,6 +246,12 @@ def remove_unfinished(folder: Path) -> None:
             path.rename(final)
     for path in folder.glob(f"{WRITING}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """What `remove_unfinished` will free."""
+    left = (*folder.glob(f"{WRITING}*/**/*"), *folder.glob(f"{REPLACED}*/**/*"))
+    return sum(path.stat().st_size for path in left if path.is_file())
 
 
 def make_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ environment that sbatch made; settings of its own:
     SPARES=0         nodes of the allocation that are held back; with --no-kill one takes a lost node's place
     PREFLIGHT=1      0: do not look at the nodes first
     FUTILE_LEGS=3    starts in a row without a new checkpoint after which the job stops for good
-    ROOM_SECONDS=600 how long a start waits for room on the run folder's disk, if it is full
+    ROOM_SECONDS=600 how long a start waits for the run folder's disk, if it is full or does not answer
     OVERRIDES=""     more a.b=c, in shell quoting
     ALERT=""         a command that is told how each leg ends (alert.py)
 """
@@ -17,6 +17,7 @@ environment that sbatch made; settings of its own:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -25,10 +26,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError
@@ -47,6 +49,8 @@ ROOM_POLL_SECONDS = 5
 STARTED_AGAIN = "started again elsewhere"
 # What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -107,22 +111,76 @@ class Leg:
         """Train until done, stopped, or requeued; the job's exit code."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
-        stands = legs.position(self.plan)
+        try:
+            return self._go()
+        except OSError as error:
+            reason = f"the file system of the run folder does not answer ({error})"
+            self.say(f"{Action.RESTART}: {reason} (exit code {EXIT_RESTART_ME})")
+            self._alert(Action.RESTART, reason, "not known")
+            self._requeue()
+            return EXIT_RESTART_ME
+
+    def _go(self) -> int:
+        self._require_folder()
+        stands = self._position()
         where = (
             f"nodes {','.join(self.nodes)}, {self.needed * self.tasks_per_node} ranks, run folder {self.run}"
         )
         self.say(f"job {self.job}, restart {self.restart}, {where}, from {stands.name}")
         if stands.finished:
             return self._end(decide(Evidence(0, finished=True)), stands)
-        rows = legs.last_rows(self.run / legs.LEGS)
+        rows = self._rows(self.run / legs.LEGS)
         if [row.get("event") for row in rows[-1:]] == ["start"]:
             self._after_a_loss(rows, stands)
         while True:
             decision = self._attempt()
-            self._alert(decision.action, decision.reason, legs.position(self.plan).name)
+            self._alert(decision.action, decision.reason, self._position().name)
             if decision.action is not Action.RESTART or not self._again_in_place():
-                return self._end(decision, legs.position(self.plan))
+                return self._end(decision, self._position())
             self.attempt += 1
+
+    # --- what the run folder says -----------------------------------------------------------------------------
+
+    def _require_folder(self) -> None:
+        """A start after the first that finds no run folder would begin at step 0: its disk is not mounted here, most likely."""
+
+        def look() -> None:
+            if self.restart and not self.run.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
+
+        try:
+            self._read(look)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the run folder {self.run}, in which this job trained before, is not there; bring it back (is its file "
+                f"system mounted on {os.uname().nodename}?) and submit again, or submit again to start from step 0"
+            ) from error
+
+    def _position(self) -> legs.Position:
+        return self._read(lambda: legs.position(self.plan))
+
+    def _rows(self, path: Path, tail_bytes: int = legs.TAIL_BYTES) -> list[dict[str, Any]]:
+        return self._read(lambda: legs.last_rows(path, tail_bytes))
+
+    def _read(self, what: Callable[[], T]) -> T:
+        """Asked again while the file system does not answer (EIO, ESTALE), as long as for room."""
+        until, told = self._patience(), False
+        while True:
+            try:
+                return what()
+            except OSError as error:
+                if self.signalled or time.monotonic() > until:
+                    raise
+                if not told:
+                    self.say(f"{error}: waits, at most {until - time.monotonic():.0f} s")
+                    told = True
+                time.sleep(ROOM_POLL_SECONDS)
+
+    def _patience(self) -> float:
+        """Until when, by time.monotonic()."""
+        return time.monotonic() + float(os.environ.get("ROOM_SECONDS", ROOM_SECONDS))
+
+    # --- a start ----------------------------------------------------------------------------------------------
 
     def _after_a_loss(self, rows: list[dict[str, Any]], stands: legs.Position) -> None:
         """Slurm requeued the job, which it does a few times only: said before it holds the job, when nobody looks."""
@@ -142,7 +200,7 @@ class Leg:
 
     def _attempt(self) -> Decision:
         """Preflight, training, decision."""
-        before = legs.position(self.plan)
+        before = self._position()
         row = {"job": self.job, "chain": self.chain, "restart": self.restart, "attempt": self.attempt}
         where = {"nodes": self.nodes, "host": os.uname().nodename}
         self._record({"event": "start", **row, "progress": before.progress, **where})
@@ -157,7 +215,7 @@ class Leg:
                 self.say(f"this start cannot write in the run folder: {error}")
                 code = DiskError.exit_code
         decision = decide(self._evidence(code))
-        after = legs.position(self.plan)
+        after = self._position()
         self._record(
             {
                 "event": "end", **row, "progress": after.progress, "nodes": nodes, "code": code,
@@ -167,16 +225,15 @@ class Leg:
         return decision
 
     def _wait_for_room(self) -> None:
-        needed, told = preflight.room_needed(self.plan.recipe), False
+        told = False
         disk = next(path for path in (self.run.absolute(), *self.run.absolute().parents) if path.exists())
-        until = time.monotonic() + float(os.environ.get("ROOM_SECONDS", ROOM_SECONDS))
+        until = self._patience()
         while not self.signalled and time.monotonic() < until:
+            needed = preflight.room_needed(self.plan.recipe)
             if (free := shutil.disk_usage(disk).free) >= needed:
                 return
             if not told:
-                what = (
-                    f"{self.run} has {free / 1e6:,.1f} MB free, two checkpoints need {needed / 1e6:,.1f} MB"
-                )
+                what = f"{self.run} has {free / 1e6:,.1f} MB free, the next checkpoints need {needed / 1e6:,.1f} MB"
                 self.say(f"{what}: waits for room, at most {until - time.monotonic():.0f} s")
                 told = True
             time.sleep(ROOM_POLL_SECONDS)
@@ -190,12 +247,12 @@ class Leg:
             self.say(f"{legs.LEGS} cannot be written ({error.strerror}): {json.dumps(row)}")
 
     def _evidence(self, code: int) -> Evidence:
-        stands = legs.position(self.plan)
-        rows = legs.last_rows(self.run / legs.LEGS)
-        last = legs.last_rows(self.run / "metrics.jsonl", 1 << 16)[-1:]
+        stands = self._position()
+        rows = self._rows(self.run / legs.LEGS)
+        last = self._rows(self.run / "metrics.jsonl", 1 << 16)[-1:]
         return Evidence(
             code,
-            rank_codes=tuple(row["code"] for row in legs.last_rows(self.scratch / "exits.jsonl")),
+            rank_codes=tuple(row["code"] for row in self._rows(self.scratch / "exits.jsonl")),
             finished=stands.finished,
             stop_file=self._stop_file(),
             cancelled=signal.SIGTERM in self.signalled and self._state() in CANCELLED,
@@ -215,7 +272,7 @@ class Leg:
 
     def _stop_file(self) -> str:
         path = self.run / STOP_FILE
-        return str(path) if path.exists() else ""
+        return str(path) if self._read(path.exists) else ""
 
     def _state(self) -> str:
         try:
@@ -303,8 +360,11 @@ class Leg:
     def _end(self, decision: Decision, stands: legs.Position) -> int:
         if decision.action is Action.DONE:
             mark: dict[str, Any] = {"job": self.job, "restart": self.restart, "checkpoint": stands.name}
-            (self.run / "slurm").mkdir(exist_ok=True)
-            write_whole(self.run / "slurm" / f"{self.job}.done", json.dumps(mark) + "\n")
+            try:
+                (self.run / "slurm").mkdir(exist_ok=True)
+                write_whole(self.run / "slurm" / f"{self.job}.done", json.dumps(mark) + "\n")
+            except (DiskError, OSError) as error:  # done is what the checkpoints say
+                self.say(f"the mark that says so could not be written: {error}")
         self.say(f"{decision.action}: {decision.reason} (exit code {decision.exit_code})")
         if decision.action is Action.RESTART:
             self._requeue()

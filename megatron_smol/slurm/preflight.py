@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_smol.checkpoint.folder import list_checkpoints, unfinished_bytes
 from megatron_smol.data.files import write_whole
 from megatron_smol.data.source import load_source
 from megatron_smol.errors import DiskError, UserError, leave
@@ -117,9 +118,15 @@ def _look_at_gpus(facts: dict[str, Any], wrong: list[str]) -> None:
 
 
 def room_needed(recipe: Recipe) -> int:
-    """Bytes that must be free where the run writes: two checkpoints."""
+    """Bytes that must be free where the run writes: two checkpoints, or one if it holds save.keep_last already.
+
+    What a killed save left there counts as free: training clears it before it writes another.
+    """
     precisions = {recipe.training_of(stage).precision for stage in recipe.stages}
-    return 2 * max(estimate.checkpoint_bytes(recipe.model, precision) for precision in precisions)
+    largest = max(estimate.checkpoint_bytes(recipe.model, precision) for precision in precisions)
+    checkpoints = recipe.run_path / "checkpoints"
+    more = 1 if len(list_checkpoints(checkpoints)) >= recipe.save.keep_last else 2
+    return max(more * largest - unfinished_bytes(checkpoints), 0)
 
 
 def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> None:

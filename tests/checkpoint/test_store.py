@@ -210,6 +210,53 @@ def test_one_bit_of_state_json(tmp_path: Path) -> None:
             (tmp_path / f"{folder.DAMAGED}{bad.name}").rename(bad)
 
 
+def test_one_of_a_later_version_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    """Whole, but with a format that is not known here: nothing is moved, and nobody goes on from before it."""
+    make(tmp_path, "one", 0, 2)
+    path = make(tmp_path, "one", 0, 4)
+    folder.write_json(path / folder.STATE, json.loads((path / folder.STATE).read_text()) | {"format": 9})
+    said: list[str] = []
+    (path / folder.COMPLETE).unlink()
+    folder.write_json(
+        path / folder.COMPLETE, {"files": folder.describe_files(path, [folder.STATE, "weights"])}
+    )
+    with pytest.raises(CheckpointError, match=r"has format 9, .* move that checkpoint away"):
+        folder.choose_newest(tmp_path, said.append)
+    assert path.exists() and not said
+
+
+def test_of_damaged_ones_the_last_found_stay(tmp_path: Path) -> None:
+    """For a person to look at; a disk that goes bad does not fill up with them."""
+    for step in (2, 4, 6, 8):
+        make(tmp_path, "one", 0, step)
+    for step, left in ((8, {8}), (6, {6})):
+        (tmp_path / folder.checkpoint_name("one", step) / "weights").unlink()
+        folder.choose_newest(tmp_path, lambda _: None)
+        assert {int(path.name[-8:]) for path in tmp_path.glob(f"{folder.DAMAGED}*")} == left
+    folder.choose_newest(tmp_path, lambda _: None)
+    assert len(list(tmp_path.glob(f"{folder.DAMAGED}*"))) == 1
+
+
+def test_who_thaws_while_it_publishes_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen between putting the old one away and renaming its own, which a later start has removed."""
+    published = make(tmp_path, "one", 0, 2)
+    content, real = (published / "weights").read_bytes(), Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        done = real(self, target)
+        if self == published:
+            folder.shutil.rmtree(tmp_path / f"{folder.WRITING}x")
+        return done
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(FileNotFoundError):
+        make(tmp_path, "one", 0, 2)
+    found = folder.choose_newest(tmp_path)
+    assert found is not None and (found.path / "weights").read_bytes() == content
+
+
 def test_a_bad_sector_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = make(tmp_path, "one", 0, 2), make(tmp_path, "one", 0, 4)
     real = Path.open

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from megatron_smol.checkpoint.folder import WRITING, checkpoint_name, write_json
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.slurm import preflight
-from megatron_smol.slurm.preflight import judge, look
+from megatron_smol.slurm.preflight import judge, look, room_needed
 from tests.tiny import TinyRun
 
 NODES = ["n1", "n2", "n3"]
@@ -93,3 +94,20 @@ def test_no_room_is_told(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(preflight.shutil, "disk_usage", refuse)
     assert any("Read-only" in line for line in look(load_recipe(tiny.recipe))["wrong"])
+
+
+def test_room_for_the_next_checkpoint(tiny: TinyRun) -> None:
+    """A disk that holds what the run keeps and one more is enough, also with what a killed save left."""
+    recipe = load_recipe(tiny.recipe, ["save.keep_last=2"])
+    checkpoints, one = recipe.run_path / "checkpoints", room_needed(recipe) // 2
+    assert one > 0
+    for step in (1, 2):
+        path = checkpoints / checkpoint_name("one", step)
+        path.mkdir(parents=True)
+        write_json(path / "state.json", {"format": 2, "stage": "one", "stage_index": 0, "step": step})
+        (path / "complete.json").touch()
+        assert room_needed(recipe) == (one if step == 2 else 2 * one)
+    left = checkpoints / f"{WRITING}one-00000003-abcd" / "deeper"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(bytes(one // 2))
+    assert room_needed(recipe) == one - one // 2
