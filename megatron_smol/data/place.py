@@ -11,8 +11,9 @@ import fcntl
 import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from megatron_smol.data.origins import ORIGINS_END
 from megatron_smol.errors import UserError
 
 _LOCK, _ASSEMBLY_LOCK = "lock", "assembly.lock"
+_LEAVING_SECONDS = 0.05  # between two looks whether a task that leaves has gone
 PLAN = "plan.json"
 
 
@@ -117,7 +119,7 @@ class Place:
                 yield
             finally:
                 if (self.manifest.exists() or not self.is_begun) and _lock(stream, fcntl.LOCK_EX):
-                    shutil.rmtree(self.work, ignore_errors=True)
+                    self._remove_work(stream)
 
     @contextmanager
     def assembling(self, work: Path) -> Iterator[bool]:
@@ -128,18 +130,43 @@ class Place:
     @contextmanager
     def _locked(self, shared: bool) -> Iterator[IO[str]]:
         while True:
-            self.work.mkdir(parents=True, exist_ok=True)
-            path = self.work / _LOCK
+            with suppress(FileExistsError):
+                self.work.mkdir(parents=True)
             try:
-                stream = path.open("a+")
+                stream = (self.work / _LOCK).open("a+")
             except FileNotFoundError:
+                if self.work.is_symlink():  # to nowhere
+                    raise
                 continue  # another command finished and took the folder away just now
             with stream:
                 if not _lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+                    if shared and self.manifest.exists():  # all is done: the last task is leaving
+                        time.sleep(_LEAVING_SECONDS)
+                        continue
                     raise UserError(f"another command is writing to {self.folder}; wait for it, or stop it")
-                if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                if self._is_the_lock(stream):
                     yield stream
                     return
+
+    def _is_the_lock(self, stream: IO[str]) -> bool:
+        """Whether an open lock is the one in the work folder, not one that went with an earlier folder."""
+        try:
+            return os.path.samestat((self.work / _LOCK).stat(), os.fstat(stream.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _remove_work(self, lock: IO[str]) -> None:
+        """The lock goes last: it keeps out a task that comes now, which would go on with half of the work."""
+        if not self._is_the_lock(lock):
+            return
+        with suppress(OSError):  # what stays is removed by the next command here
+            for entry in self.work.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != _LOCK:
+                    entry.unlink()
+            (self.work / _LOCK).unlink()
+            self.work.rmdir()  # unless another has come since, whose lock is in it
 
 
 def _lock(stream: IO[str], kind: int) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -134,16 +137,85 @@ def test_only_one_task_puts_the_shards_together(
     assert run(inputs, out, tokenizer, Share(0, 2)) is not None  # any one of them again
 
 
+@contextmanager
+def leaving(place: Place) -> Iterator[TextIO]:
+    """As the last task does it: hold the lock alone while the work folder goes."""
+    place.work.mkdir(parents=True)
+    with (place.work / "lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream
+
+
+def test_a_task_that_comes_while_the_last_one_leaves_finds_the_work_done(
+    tmp_path: Path, inputs: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "out", None)
+    finished = run(inputs, place.folder, tokenizer, Share())
+    waited: list[float] = []
+    with leaving(place) as lock:
+
+        def gone_after_two_looks(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 2:
+                shutil.rmtree(place.work)
+                lock.close()
+
+        monkeypatch.setattr("megatron_smol.data.place.time.sleep", gone_after_two_looks)
+        assert run(inputs, place.folder, tokenizer, Share(1, 3)) == finished
+    assert len(waited) == 2 and not place.work.exists()
+
+
+def test_the_lock_is_the_last_to_go(
+    tmp_path: Path, inputs: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that comes meanwhile would take what is left of the work for all of it."""
+    removed: list[str] = []
+
+    def noting(real: Any) -> Any:
+        def remove(path: Any, *args: Any, **named: Any) -> None:
+            removed.append(Path(path).name)
+            real(path, *args, **named)
+
+        return remove
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    run(inputs, tmp_path / "out", tokenizer, Share(0, 1))
+    assert {"plan.json", "assembly.lock"} < set(removed)
+    assert removed[-2:] == ["lock", ".source.preprocess"]
+
+
+def test_the_lock_of_an_earlier_work_folder_removes_nothing(tmp_path: Path) -> None:
+    """Of two tasks that leave at once, the second can get its lock when another has begun anew in the meantime."""
+    place = Place(tmp_path / "out", None)
+    with place.claimed(Share(0, 2)):
+        shutil.rmtree(place.work)
+        place.work.mkdir()
+        (place.work / "record").touch()
+    assert (place.work / "record").exists()
+
+
+# A rank that is killed dies before its third block is done: with the parts of the block there, its record not.
 SCRIPT = """
-import sys
-from megatron_smol.data import corpus
+import os, signal, sys
+from megatron_smol.data import corpus, encode
 from megatron_smol.data.place import Share
 from megatron_smol.data.tokenize import preprocess
-if __name__ == "__main__":
-    corpus.BLOCK_BYTES = 1500
-    output, tokenizer, rank, tasks, *given = sys.argv[1:]
-    share = Share(int(rank), int(tasks))
-    preprocess(given, output, tokenizer, workers=1, shard_tokens=4000, source="s", share=share)
+
+corpus.BLOCK_BYTES = 1500
+fate, output, tokenizer, rank, tasks, *given = sys.argv[1:]
+write, blocks = encode.write_whole, []
+
+def dying(path, text):
+    if path.name.startswith("block-"):
+        blocks.append(path)
+        if fate == "dies" and len(blocks) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+
+encode.write_whole = dying
+share = Share(int(rank), int(tasks))
+preprocess(given, output, tokenizer, workers=1, shard_tokens=4000, source="s", share=share)
 """
 
 
@@ -151,23 +223,26 @@ def test_tasks_at_the_same_time_of_which_some_are_killed(
     tmp_path: Path, inputs: list[Path], tokenizer: Tokenizer, tokenizer_folder: Path
 ) -> None:
     run(inputs, tmp_path / "whole", tokenizer, Share())
-    script, out, tasks = tmp_path / "script.py", tmp_path / "out", 3
-    script.write_text(SCRIPT)
+    out, tasks = tmp_path / "out", 3
 
-    def start(rank: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, script, out, tokenizer_folder, str(rank), str(tasks), *inputs]
-        return subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    def start(rank: int, fate: str = "lives") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SCRIPT, fate, out, tokenizer_folder, rank, tasks, *inputs]
+        return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
 
-    first = [start(rank) for rank in range(tasks)]
-    while not list(out.rglob("block-*.json")) and any(process.poll() is None for process in first):
-        time.sleep(0.005)
-    os.kill(first[1].pid, signal.SIGKILL)
-    for process in first:
-        process.wait()
-    again = [start(rank) for rank in (1, 2, 0)]
-    assert [process.wait() for process in again] == [0, 0, 0]
-    if not (out / "manifest.json").exists():  # two looked before the last record was there
-        assert start(0).wait() == 0
+    def codes(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+        said = [process.communicate()[1] for process in processes]
+        return [process.returncode for process in processes], "".join(said)
+
+    first, log = codes([start(rank, "dies" if rank == 1 else "lives") for rank in range(tasks)])
+    assert first == [0, -signal.SIGKILL, 0], log
+    assert not (out / "manifest.json").exists()
+    again, log = codes([start(rank) for rank in (1, 2, 0)])
+    assert again == [0, 0, 0], log
+    assert contents(out) == contents(tmp_path / "whole"), (
+        "the task that ended last has put the shards together"
+    )
+    third, log = codes([start(rank) for rank in (1, 2, 0)])
+    assert third == [0, 0, 0], log
     assert contents(out) == contents(tmp_path / "whole")
 
 
