@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,22 +172,46 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+# `smol ...`, killed when it would do one thing for the n-th time.
+KILLED = """
+import os, signal, sys
+from megatron_smol import cli
+from megatron_smol.data import packing
+
+owner, what, times = packing, sys.argv[1], int(sys.argv[2])
+if what == "finalize":
+    owner = packing.IndexedWriter
+real, calls = getattr(owner, what), []
+
+def dying(*given):
+    calls.append(given)
+    if len(calls) == times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given)
+
+setattr(owner, what, dying)
+del sys.argv[1:3]
+cli.entry()
+"""
+
+
 def test_killed_and_started_again_the_bytes_are_the_same(tmp_path: Path) -> None:
-    write_source(tmp_path / "plain", shards_of(random_documents(4000, 300), 40))
+    write_source(tmp_path / "plain", shards_of(random_documents(1000, 300), 10))
     pack_source(tmp_path / "plain", 64, tmp_path / "whole")
-    command = smol("data", "pack", tmp_path / "plain", "--length", 64, "--output", tmp_path / "killed")
-    for records in (1, 15):
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        work = tmp_path / "killed" / ".pack"
-        until = time.monotonic() + 60
-        while len(list(work.glob("0*.json"))) < records and time.monotonic() < until:
-            time.sleep(0.001)
-        process.kill()
-        process.communicate()
-        assert not (tmp_path / "killed" / "manifest.json").exists(), "the kill came too late"
-    kept = (tmp_path / "killed" / "shard-00000.bin").stat().st_mtime_ns
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "killed" / "shard-00000.bin").stat().st_mtime_ns == kept, "finished shards are kept"
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert "windows of 64 tokens; 4,000 documents" in done.stdout
+    killed, work = tmp_path / "killed", tmp_path / "killed" / ".pack"
+    command = smol("data", "pack", tmp_path / "plain", "--length", 64, "--output", killed)
+    # Before the plan is written; with one shard done and the next one's record missing; with three done (the first and
+    # two more), the next one written and not yet in place.
+    for what, times, done in (("write_whole", 1, 0), ("write_whole", 3, 1), ("finalize", 3, 3)):
+        script = [sys.executable, "-c", KILLED, what, str(times), *command[3:]]
+        ended = subprocess.run(script, env=environment(), capture_output=True, text=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert len(list(work.glob("0*.json"))) == done and not (killed / "manifest.json").exists()
+    assert list(killed.glob("shard-00003.bin.*.partial"))
+    kept = {number: (killed / f"shard-0000{number}.bin").stat().st_mtime_ns for number in range(3)}
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    for number, written in kept.items():
+        assert (killed / f"shard-0000{number}.bin").stat().st_mtime_ns == written, "finished shards are kept"
+    assert files_of(killed) == files_of(tmp_path / "whole")
+    assert "windows of 64 tokens; 1,000 documents" in again.stdout

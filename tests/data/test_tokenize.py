@@ -10,13 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +31,7 @@ from megatron_smol.data.tokenize import preprocess
 from megatron_smol.data.tokenizer import Tokenizer
 from megatron_smol.data.workers import Workers
 from megatron_smol.errors import DataError, UserError
+from tests.tiny import environment
 
 TEXTS = [f"document {number}: " + "the plan of a run, counted once. " * (number % 7) for number in range(240)]
 
@@ -147,13 +146,26 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, lines: Path, tokenizer: To
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+# Says which blocks are made. With a victim, the one that would add record number `records` kills itself or its parent
+# instead: the parts of its block are there, the record is not.
 SCRIPT = """
-import sys
-from megatron_smol.data import corpus
+import os, signal, sys
+from megatron_smol.data import corpus, encode
 from megatron_smol.data.tokenize import preprocess
+
+given, output, tokenizer, workers, victim, records = sys.argv[1:]
+write = encode.write_whole
+
+def dying(path, text):
+    if path.name.startswith("block-"):
+        if victim and len(list(path.parent.glob("block-*.json"))) >= int(records):
+            os.kill(os.getppid() if victim == "parent" else os.getpid(), signal.SIGKILL)
+        os.write(1, f"{path.name}\\n".encode())  # at once: two workers write to one pipe
+    write(path, text)
+
+encode.write_whole = dying  # in a worker too, which imports this file
 if __name__ == "__main__":
     corpus.BLOCK_BYTES = 1000
-    given, output, tokenizer, workers = sys.argv[1:]
     preprocess([given], output, tokenizer, workers=int(workers), shard_tokens=4000, source="s")
 """
 
@@ -165,37 +177,30 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = [sys.executable, str(script), str(lines), str(out), str(tokenizer_folder), str(workers)]
-    for records in (3, 12):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(list(out.glob(".source.preprocess/*/block-*.json"))) < records:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
-        victim = _worker_of(process) if workers > 1 and records == 12 else process.pid
-        os.kill(victim, signal.SIGKILL)
-        assert process.wait() != 0
+
+    def command(output: Path, victim: str = "", records: int = 0) -> subprocess.CompletedProcess[str]:
+        given = [script, lines, output, tokenizer_folder, workers, victim, records]
+        line = [sys.executable, *map(str, given)]
+        return subprocess.run(line, env=environment(), capture_output=True, text=True)
+
+    # With workers, the first time the parent is killed, the second time one of them.
+    for records, victim in ((3, "parent" if workers > 1 else "itself"), (12, "itself")):
+        killed = command(out, victim, records)
+        assert killed.returncode == (1 if workers > 1 and victim == "itself" else -signal.SIGKILL), killed
+        kept = {file.name for file in out.glob(".source.preprocess/*/block-*.json")}
+        assert len(kept) >= records
     with pytest.raises(DataError, match="did not finish"):
         load_source(out)
-    kept = {file: file.stat().st_mtime_ns for file in out.glob(".source.preprocess/*/block-*.json")}
-    again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (out / "manifest.json").exists() and again.poll() is None:
-        for file, written in kept.items():
-            try:
-                assert file.stat().st_mtime_ns == written, "a finished block was done again"
-            except FileNotFoundError:
-                break  # the work folder went: all is done
-        time.sleep(0.002)
-    _, log = again.communicate()
-    assert again.returncode == 0, log
-    assert "continuing the interrupted run" in log
-    subprocess.run([*command[:3], str(whole), *command[4:]], check=True, stderr=subprocess.DEVNULL)
+    again = command(out)
+    assert again.returncode == 0, again.stderr
+    assert "continuing the interrupted run" in again.stderr
+    made = again.stdout.split()
+    assert made and not kept & set(made), "a finished block was done again"
+    uninterrupted = command(whole)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert sorted([*kept, *made]) == sorted(uninterrupted.stdout.split())
     assert contents(out) == contents(whole)
     assert Counter(documents(load_source(out), tokenizer)) == Counter(TEXTS)
-
-
-def _worker_of(process: subprocess.Popen[bytes]) -> int:
-    children = psutil.Process(process.pid).children()
-    return next(child.pid for child in children if "spawn_main" in " ".join(child.cmdline()))
 
 
 def test_a_worker_that_dies_is_told() -> None:
@@ -356,7 +361,8 @@ FULL_DISK = SCRIPT.replace(
 def test_a_full_disk_stops_cleanly_and_the_next_run_completes(
     tmp_path: Path, lines: Path, tokenizer_folder: Path, tokenizer: Tokenizer
 ) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(lines), str(tmp_path / "out"), str(tokenizer_folder), "1"]
+    given = [lines, tmp_path / "out", tokenizer_folder, 1, "", 0]
+    command = [sys.executable, "-c", FULL_DISK, *map(str, given)]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1
     assert "DiskError: no room to write" in failed.stderr and "bytes are needed" in failed.stderr

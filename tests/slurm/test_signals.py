@@ -59,9 +59,11 @@ def test_a_signal_while_a_rank_leaves_does_not_change_its_code() -> None:
 def agreed(folder: str) -> list[int]:
     import torch
 
+    from megatron_smol.train import signals
     from megatron_smol.train.signals import StopFlag
 
     torch.distributed.init_process_group("gloo")
+    signals.LOOK_EVERY_SECONDS = 3600.0  # longer than a busy machine takes to get from one look to the next
     flag = StopFlag(Path(folder))
     first = flag.agreed()
     torch.distributed.barrier()
@@ -69,7 +71,8 @@ def agreed(folder: str) -> list[int]:
         (Path(folder) / "stop").touch()
     torch.distributed.barrier()
     immediately = flag.agreed()
-    time.sleep(1.1)
+    signals.LOOK_EVERY_SECONDS = 0.1
+    time.sleep(0.2)
     return [first, immediately, flag.agreed()]
 
 
@@ -77,7 +80,7 @@ def test_all_ranks_agree_on_a_stop_file(tmp_path: Path) -> None:
     from megatron_smol.train.signals import ASKED_BY_FILE
 
     found = run_ranks(agreed, 2, str(tmp_path))
-    assert found[0] == found[1] == [0, 0, ASKED_BY_FILE], "one look a second, the same answer everywhere"
+    assert found[0] == found[1] == [0, 0, ASKED_BY_FILE], "one look in that time, the same answer everywhere"
 
 
 def test_stop_file_ends_a_run_saved(tiny: TinyRun) -> None:
@@ -88,7 +91,7 @@ def test_stop_file_ends_a_run_saved(tiny: TinyRun) -> None:
         "megatron_smol",
         "train",
         str(tiny.recipe),
-        "stages.two.until=400 steps",
+        "stages.two.until=4000 steps",
         "save.every=1000 steps",
     ]
     extra = environment(SMOL_RUN_FOLDER=str(tiny.run))
@@ -97,9 +100,12 @@ def test_stop_file_ends_a_run_saved(tiny: TinyRun) -> None:
     )
     drain = threading.Thread(target=process.stdout.read)  # type: ignore[union-attr]
     drain.start()
-    wait_for(tiny.run / "metrics.jsonl", 8, process)
-    (tiny.run / "stop").touch()
-    assert process.wait(120) == 75
-    drain.join()
+    try:
+        wait_for(tiny.run / "metrics.jsonl", 8, process)
+        (tiny.run / "stop").touch()
+        assert process.wait(120) == 75
+    finally:
+        process.kill()  # if it did not stop
+        drain.join()
     steps = len((tiny.run / "metrics.jsonl").read_text().splitlines())
     assert (tiny.run / f"checkpoints/two-{steps:08d}/complete.json").is_file()
