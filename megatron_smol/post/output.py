@@ -1,7 +1,8 @@
 """The folder that SFT and DPO write: whole or not a model yet, never done twice, continued after a kill.
 
 OUTPUT/metrics.jsonl validation.jsonl tensorboard/ bad_rows.jsonl     from the first step on
-OUTPUT/.work/                          tokens and checkpoints to resume from; removed at the end
+OUTPUT/.work/                          tokens; removed at the end
+OUTPUT/.work/start-K/                  checkpoints to resume from; each start of the command renames them to its own K
 OUTPUT/config.json model.safetensors tokenizer.json ...               the model, config.json last
 OUTPUT/tail.json                       what was made from what; its presence means "complete"
 """
@@ -12,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.train.lock import LOCK, RunLock, take_lock
 
 RECORD, WORK, ASKED = "tail.json", ".work", "asked.json"
-_CHECKPOINT, _DAMAGED = "checkpoint-", "damaged-"
+_START, _CHECKPOINT, _DAMAGED = "start-", "checkpoint-", "damaged-"
 
 
 class Output:
@@ -30,6 +32,7 @@ class Output:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.work = folder / WORK
+        self.start = self.work / f"{_START}0"  # none yet: `begin` makes it
         self._is_new = False
         self._lock: RunLock | None = None
 
@@ -49,6 +52,7 @@ class Output:
         if before is None and _others(self.folder, WORK):
             raise UserError(f"{self.folder} holds other files; choose a new folder as --output")
         if before == asked and self.complete:
+            self._clear_leftovers(say)
             return
         if before not in (None, asked) and not overwrite:
             raise UserError(
@@ -62,6 +66,8 @@ class Output:
             self.open(asked, overwrite, say)
             return
         if self._asked_before() == asked:  # half done, or done by the one whom we waited for
+            if self.complete:
+                self._remove_work()
             return
         if before is not None:
             # A kill from here on leaves what is known as the old work, and no longer as complete.
@@ -70,6 +76,21 @@ class Output:
             _remove([*_others(self.folder, WORK), *_others(self.work, LOCK, ASKED)])
         write_whole(self.work / ASKED, json.dumps(asked, indent=1))
         self._is_new = True
+
+    def _clear_leftovers(self, say: Callable[[str], None]) -> None:
+        """What a kill at the very end left beside the whole model; what a living process has there stays."""
+        with suppress(OSError, UserError):  # nothing is there, it may not be removed, or it is in use
+            self._lock = take_lock(self.work, say)
+            self._remove_work()
+
+    def _remove_work(self) -> None:
+        """The lock goes last and while it is held; whoever takes a new one before the folder is gone keeps the folder."""
+        _remove(_others(self.work, LOCK))
+        (self.work / LOCK).unlink()
+        if self._lock:
+            self._lock.close()  # some network file systems do not remove what is open
+        with suppress(OSError):
+            self.work.rmdir()
 
     def undo(self) -> None:
         """Remove a folder that `open` has just made: the work could not begin."""
@@ -91,10 +112,25 @@ class Output:
 
     # --- checkpoints of the trainer ----------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Give this start a folder of its own for what the trainer writes, with what the start before left.
+
+        A process that was frozen in a save, and thaws when its folder was taken over, goes on writing under the old name.
+        """
+        self.require()
+        before = sorted(self.work.glob(f"{_START}*"), key=_number)
+        self.start = self.work / f"{_START}{_number(before[-1]) + 1 if before else 1}"
+        if before:
+            before.pop().rename(self.start)
+        else:
+            self.start.mkdir()
+        for path in before:
+            shutil.rmtree(path, ignore_errors=True)  # made anew by one that thawed
+
     def mark_complete(self, step: int) -> None:
         """Record size and checksum of every file of a checkpoint that is written to the end."""
         self.require()
-        path = self.work / f"{_CHECKPOINT}{step}"
+        path = self.start / f"{_CHECKPOINT}{step}"
         names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
         for name in names:
             fsync(path / name)
@@ -102,8 +138,10 @@ class Output:
 
     def newest_checkpoint(self, warn: Any) -> Path | None:
         """The furthest checkpoint whose files are as they were written; worse ones are named and moved aside."""
-        found = [p for p in self.work.glob(f"{_CHECKPOINT}*") if p.name.removeprefix(_CHECKPOINT).isdecimal()]
-        for path in sorted(found, key=_step, reverse=True):
+        found = [
+            p for p in self.start.glob(f"{_CHECKPOINT}*") if p.name.removeprefix(_CHECKPOINT).isdecimal()
+        ]
+        for path in sorted(found, key=_number, reverse=True):
             try:
                 if not (path / COMPLETE).is_file():
                     raise CheckpointError(f"{path} was not written to the end")
@@ -131,10 +169,9 @@ class Output:
             fsync(path)
             path.replace(self.folder / path.name)
         fsync(self.folder)
+        self.require()  # to flush a large model takes a while
         write_whole(self.folder / RECORD, json.dumps({**record, "asked": asked}, indent=1) + "\n")
-        if self._lock:
-            self._lock.close()  # some network file systems do not remove what is open
-        shutil.rmtree(self.work)
+        self._remove_work()
 
 
 def _others(folder: Path, *names: str) -> list[Path]:
@@ -142,7 +179,8 @@ def _others(folder: Path, *names: str) -> list[Path]:
 
 
 def _remove(paths: list[Path]) -> None:
-    for path in paths:
+    """config.json first: without it no library takes what a kill leaves for a model."""
+    for path in sorted(paths, key=lambda path: path.name != "config.json"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -164,8 +202,9 @@ def _together(files: list[Path]) -> str:
     return hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(_CHECKPOINT))
+def _number(path: Path) -> int:
+    """The last part of its name: a step, or which start it was."""
+    return int(path.name.rpartition("-")[2])
 
 
 def _difference(before: dict[str, Any], asked: dict[str, Any]) -> str:

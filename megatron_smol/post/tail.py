@@ -101,8 +101,8 @@ class _Job:
         training, heldout = split(self.output.work, self.section)
         stop = StopFlag()
         monitor = Monitor(self.output, self.request.kind, self.console, stop)
+        resume = self._begin()
         settings = self._trainer_settings(evaluates=heldout is not None)
-        resume = self._checkpoint()
         settings["eval_on_start"] = heldout is not None and resume is None
         trainer = make_trainer(
             self.request.model, self.section, settings, self.tokenizer, training, heldout, [monitor]
@@ -163,22 +163,26 @@ class _Job:
         if summary.bad_count:
             self.say(f"  all skipped rows: {self.output.folder / BAD_ROWS}")
 
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from: the first rank looks at the files, all take the one it names."""
+    def _begin(self) -> Path | None:
+        """The checkpoint to go on from: the first rank looks at the files, all take the one and the folder it names."""
         from accelerate.utils import broadcast_object_list
 
-        found = [self.output.newest_checkpoint(self.say) if self.state.is_main_process else None]
-        broadcast_object_list(found, from_process=0)
-        if found[0]:
-            self.say(f"going on from {found[0]}")
-        return found[0]
+        named: list[Any] = [None, None]
+        if self.state.is_main_process:
+            self.output.begin()
+            named = [self.output.start, self.output.newest_checkpoint(self.say)]
+        broadcast_object_list(named, from_process=0)
+        self.output.start, resume = named
+        if resume:
+            self.say(f"going on from {resume}")
+        return resume
 
     def _trainer_settings(self, evaluates: bool) -> dict[str, Any]:
         """Arguments that SFTConfig and DPOConfig have in common; theirs are added in sft.py and dpo.py."""
         section, gpu = self.section, _on_gpu()
         fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
         return {
-            "output_dir": str(self.output.work),
+            "output_dir": str(self.output.start),
             "num_train_epochs": section.epochs,
             "learning_rate": section.lr,
             "lr_scheduler_type": section.scheduler,
@@ -246,7 +250,7 @@ class _Job:
         return {"steps": step, "loss": last.get("loss"), "heldout_loss": last.get("eval_loss")}
 
     def _publish(self, weights: dict[str, Any], last: dict[str, Any]) -> None:
-        written = self.output.work / "model"
+        written = self.output.start / "model"
         shutil.rmtree(written, ignore_errors=True)
         _write_model(self.request.model, weights, self.tokenizer, written, self.section.precision == "bf16")
         record = {

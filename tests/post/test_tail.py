@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from megatron_smol import cli
-from megatron_smol.errors import CheckpointError, RunError, UserError
+from megatron_smol.errors import CheckpointError, InUseError, RunError, UserError
 from megatron_smol.post.output import Output
 from tests.post.conftest import rows_of
 from tests.post.made import COLOURS, QUICK, TUNING, conversations, run_dpo, run_sft, write_rows
@@ -114,6 +114,7 @@ def test_the_reference_stays_where_it_was(tuned: Path, pair_rows: Path, tmp_path
     publish = Output.publish
 
     def keep(self: Output, written: Path, record: dict[str, Any]) -> None:
+        assert written.parent == self.start, "beside the checkpoints, where no other start writes"
         captured["rows"] = split(self.work, Dpo(heldout_rows=500))[1]
         captured["rows"] = [dict(row) for row in captured["rows"]]
         publish(self, written, record)
@@ -159,16 +160,51 @@ def test_a_killed_dpo_whose_last_checkpoint_is_damaged(
     output = tmp_path / "killed"
     killed("dpo", tuned, pair_rows, output, *DPO, at_step=8)
     last = max(
-        (output / ".work").glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name.split("-")[1])
+        (output / ".work/start-1").glob("checkpoint-*/complete.json"),
+        key=lambda p: int(p.parent.name.split("-")[1]),
     ).parent
     data = bytearray((last / "optimizer.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (last / "optimizer.pt").write_bytes(bytes(data))
     assert run_dpo(tuned, pair_rows, output, *DPO) == 0
     said = capsys.readouterr().err
+    last = output / ".work/start-2" / last.name  # of the start that goes on
     assert f"checkpoint passed over: {last}/optimizer.pt does not have the checksum" in said
     assert "going on from" in said
     same(tmp_path / "whole", output)
+
+
+def test_one_that_thaws_in_a_save_harms_no_later_start(
+    base: Path, chat_rows: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sleeps in the middle of saving step 4; meanwhile the job's next start goes on, saves that step too, and is killed."""
+    run_sft(base, chat_rows, tmp_path / "whole")
+    output = tmp_path / "out"
+    save = transformers.Trainer._save_optimizer_and_scheduler
+    second: dict[Path, int] = {}
+
+    def sleep_at_step_4(self: Any, folder: str) -> None:
+        if self.state.global_step == 4:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            killed("sft", base, chat_rows, output, at_step=6)  # four rows are there
+            second.update(written(output / ".work"))
+        save(self, folder)
+
+    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", sleep_at_step_4)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("LOCK_SECONDS", "0")
+    with pytest.raises((RuntimeError, OSError, InUseError)):  # RuntimeError: its folder is gone
+        run_sft(base, chat_rows, output)
+    assert any(path.parent.name == "checkpoint-4" for path in second)
+    assert second.items() <= written(output / ".work").items()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert run_sft(base, chat_rows, output) == 0
+    same(tmp_path / "whole", output)
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """Every file, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def same(whole: Path, continued: Path) -> None:
@@ -209,6 +245,20 @@ def test_two_ranks_learn_what_one_does(base: Path, chat_rows: Path, tmp_path: Pa
     one, two = rows_of(tmp_path / "one" / "metrics.jsonl"), rows_of(tmp_path / "two" / "metrics.jsonl")
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-2)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+def test_two_ranks_save_in_one_folder(base: Path, chat_rows: Path, tmp_path: Path) -> None:
+    arguments = ["--data", chat_rows, "--output", tmp_path / "out", *QUICK, "micro_batch=2"]
+    broken = ["lr=1e30", "warmup_ratio=0"]  # ends with its checkpoints, not with a model
+    command = smol("sft", base, *arguments, *broken, ranks=2)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert "no model was written" in done.stderr
+    assert [path.name for path in (tmp_path / "out/.work").glob("start-*")] == ["start-1"]
+    marks = [*(tmp_path / "out/.work/start-1").glob("checkpoint-*/complete.json")]
+    for mark in marks:
+        listed = json.loads(mark.read_text())["files"]
+        assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} < listed.keys()
+    assert marks
 
 
 def test_a_model_that_is_broken_is_not_written(base: Path, chat_rows: Path, tmp_path: Path) -> None:
