@@ -41,12 +41,26 @@ class RunError(UserError):
 
 # EFBIG: a file-size limit (ulimit -f, a FAT disk); for the user it is the same thing as a full disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a file system says that is full, or whose server, network or disk is away (ENOLCK: it grants no locks; EROFS: after errors).
+AWAY = (
+    *NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+)  # fmt: skip
 
 
 class DiskError(DataError):
     """No room on a disk. Unlike other errors it may be gone when the same thing is tried again, so a job tries."""
 
     exit_code = 6
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, may be gone when the same thing is tried again: a disk's, not a user's."""
+    while error is not None:
+        if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in AWAY):
+            return True
+        error = error.__cause__
+    return False
 
 
 class InUseError(UserError):

@@ -10,6 +10,7 @@ A save happens in `.writing-<name>-<attempt>` and is renamed into place. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_smol.errors import CheckpointError
+from megatron_smol.errors import CheckpointError, DiskError
 
 STATE, COMPLETE = "state.json", "complete.json"
 WRITING, DAMAGED, REPLACED = ".writing-", ".damaged-", ".replaced-"
@@ -81,12 +82,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         state = json.loads((path / STATE).read_text())
-        found, checkpoint = state["format"], Checkpoint(path, state)
-        _ = checkpoint.stage, checkpoint.progress
+        known, checkpoint = state["format"] in _READABLE, Checkpoint(path, state)
+        _ = known and (checkpoint.stage, checkpoint.progress)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read ({error}); use another checkpoint") from error
-    if found not in _READABLE:
-        raise _OtherFormat(f"{path} has format {found}, this version of the package reads {_READABLE}")
+    if not known:
+        raise _OtherFormat(
+            f"{path} has format {state['format']}, this version of the package reads {_READABLE}"
+        )
     return checkpoint
 
 
@@ -137,6 +140,8 @@ def _published(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             return sorted(Path(e.path) for e in entries if _NAME.fullmatch(e.name) and e.is_dir())
     except FileNotFoundError:  # and nothing else: a folder that cannot be read is not an empty one
+        if folder.is_symlink():
+            raise DiskError(f"{folder} is a link to nowhere; is its file system mounted?") from None
         return []
 
 
@@ -155,7 +160,7 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
         try:
             readable.append(read_checkpoint(path))
         except CheckpointError as error:
-            if isinstance(error, _OtherFormat) and _is_whole(path):
+            if isinstance(error, _OtherFormat) and _is_later(path):
                 raise CheckpointError(f"{error}; use a later one, or move that checkpoint away") from error
             damaged.append((path, error))
     chosen = None
@@ -167,6 +172,8 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
             continue
         chosen = checkpoint
         break
+    if damaged and _bring_back(folder):
+        return choose_newest(folder, warn)
     if published and chosen is None:
         raise CheckpointError(
             f"none of the {len(published)} checkpoints in {folder} can be used, the first because {damaged[0][1]}; "
@@ -180,12 +187,26 @@ def choose_newest(folder: Path, warn: Any = print) -> Checkpoint | None:
     return chosen
 
 
-def _is_whole(path: Path) -> bool:
+def _is_later(path: Path) -> bool:
+    """Whether both of its files name the format that is not known here: a flipped bit changes one."""
     try:
-        verify_files(path)
-    except CheckpointError:
+        formats = {json.loads((path / name).read_text())["format"] for name in (STATE, COMPLETE)}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
+    return len(formats) == 1
+
+
+def _bring_back(folder: Path) -> bool:
+    """Give those that were moved aside and are whole their names again: their disk may have been away for a moment."""
+    found = False
+    for path in folder.glob(f"{DAMAGED}*"):
+        name = path.with_name(path.name.removeprefix(DAMAGED))
+        with contextlib.suppress(CheckpointError):
+            verify_files(read_checkpoint(path).path)
+            if not name.exists():
+                path.rename(name)
+                found = True
+    return found
 
 
 def describe_files(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:

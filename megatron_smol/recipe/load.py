@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise UserError(f"there is no recipe file '{path}'; the shipped ones are under examples/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe file '{path}' cannot be read: {error}") from None
+        raise UserError(f"recipe file '{path}' cannot be read: {error}") from error
     return parse_recipe(text, str(path), overrides)
 
 

@@ -19,6 +19,7 @@ from megatron_smol.errors import (
 EXIT_NO_PROGRESS = 70  # several legs in a row reached no new checkpoint: starting again would not help
 EXIT_STOPPED = 71  # a person asked for it: RUN/stop, or scancel
 FUTILE_LEGS = 3
+UNREACHABLE = "the run folder is out of reach"
 
 # A rank that leaves with one of these has said why, and would say it again. CheckpointError is not among them, as a node
 # that dies during a save looks like one to the others, nor DiskError, as there may be room again, nor InUseError, as what is
@@ -98,6 +99,15 @@ def decide(seen: Evidence) -> Decision:
     return Decision(
         Action.RESTART, EXIT_RESTART_ME, f"training {ending(seen.code)}; {seen.checkpoint} goes on"
     )
+
+
+def decide_without_folder(why: str, starts: int, allowed: int = FUTILE_LEGS) -> Decision:
+    """The run folder could not be asked. starts: how many in a row found it so, this one included."""
+    if starts >= allowed:
+        return Decision(
+            Action.STOP, EXIT_NO_PROGRESS, f"{UNREACHABLE} in {starts} starts in a row ({why}); mend that, then submit again"
+        )  # fmt: skip
+    return Decision(Action.RESTART, EXIT_RESTART_ME, f"{UNREACHABLE} ({why}); the job starts again")
 
 
 def ending(code: int) -> str:

@@ -17,7 +17,6 @@ environment that sbatch made; settings of its own:
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shlex
@@ -26,31 +25,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_smol.data.files import write_whole
-from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError, is_away
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import Plan, make_plan, resolve_sizes
 from megatron_smol.slurm import alert, clients, legs, preflight
-from megatron_smol.slurm.decide import FUTILE_LEGS, Action, Decision, Evidence, decide
-from megatron_smol.train.signals import STOP_FILE
+from megatron_smol.slurm.decide import (
+    FUTILE_LEGS,
+    UNREACHABLE,
+    Action,
+    Decision,
+    Evidence,
+    decide,
+    decide_without_folder,
+)
+from megatron_smol.slurm.run_folder import RunFolder, patiently
 
 # One rank that left: the others have so long to leave too (they save together) before they are ended.
 WAIT_SECONDS = 30
 PREFLIGHT_SECONDS = 180
-# Starts that find a full disk would use up FUTILE_LEGS in seconds; the person or the clean-up that helps needs minutes.
-ROOM_SECONDS = 600
-ROOM_POLL_SECONDS = 5
 STARTED_AGAIN = "started again elsewhere"
+TRAINING = "preflight: training on"
+LOG = Path("/proc/self/fd/1")  # where sbatch sends standard output
 # What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Leg:
     signalled: list[int] = field(default_factory=list)
 
     @classmethod
-    def from_environment(cls, arguments: list[str]) -> Leg:
+    def from_environment(cls, arguments: list[str], signalled: list[int]) -> Leg:
         slurm = os.environ
         recipe = load_recipe(arguments[0], arguments[1:])
         plan = make_plan(recipe, resolve_sizes(recipe))
@@ -89,11 +91,20 @@ class Leg:
             nodes=nodes,
             needed=len(nodes) - spares,
             tasks_per_node=max(int(slurm.get("SLURM_NTASKS", len(nodes))) // len(nodes), 1),
+            signalled=signalled,
         )
 
     @property
     def run(self) -> Path:
         return self.plan.recipe.run_path
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.plan, self.say, lambda: bool(self.signalled))
+
+    @property
+    def _allowed_futile_legs(self) -> int:
+        return int(os.environ.get("FUTILE_LEGS", FUTILE_LEGS))
 
     @property
     def has_spares(self) -> bool:
@@ -109,76 +120,35 @@ class Leg:
 
     def go(self) -> int:
         """Train until done, stopped, or requeued; the job's exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
         try:
             return self._go()
-        except OSError as error:
-            reason = f"the file system of the run folder does not answer ({error})"
-            self.say(f"{Action.RESTART}: {reason} (exit code {EXIT_RESTART_ME})")
-            self._alert(Action.RESTART, reason, "not known")
-            self._requeue()
-            return EXIT_RESTART_ME
+        except (OSError, DiskError) as error:
+            if not is_away(error):
+                raise UserError(f"the run folder cannot be used: {error}") from error
+            decision = decide_without_folder(
+                str(error), self._starts_out_of_reach(), self._allowed_futile_legs
+            )
+            self._alert(decision.action, decision.reason, "not known")
+            return self._end(decision, legs.Position(None, False))
 
     def _go(self) -> int:
-        self._require_folder()
-        stands = self._position()
+        self.folder.require(self._trained_before)
+        stands = self.folder.position()
         where = (
             f"nodes {','.join(self.nodes)}, {self.needed * self.tasks_per_node} ranks, run folder {self.run}"
         )
         self.say(f"job {self.job}, restart {self.restart}, {where}, from {stands.name}")
         if stands.finished:
             return self._end(decide(Evidence(0, finished=True)), stands)
-        rows = self._rows(self.run / legs.LEGS)
+        rows = self.folder.rows(self.run / legs.LEGS)
         if [row.get("event") for row in rows[-1:]] == ["start"]:
             self._after_a_loss(rows, stands)
         while True:
             decision = self._attempt()
-            self._alert(decision.action, decision.reason, self._position().name)
+            self._alert(decision.action, decision.reason, self.folder.position().name)
             if decision.action is not Action.RESTART or not self._again_in_place():
-                return self._end(decision, self._position())
+                return self._end(decision, self.folder.position())
             self.attempt += 1
-
-    # --- what the run folder says -----------------------------------------------------------------------------
-
-    def _require_folder(self) -> None:
-        """A start after the first that finds no run folder would begin at step 0: its disk is not mounted here, most likely."""
-
-        def look() -> None:
-            if self.restart and not self.run.is_dir():
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
-
-        try:
-            self._read(look)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"the run folder {self.run}, in which this job trained before, is not there; bring it back (is its file "
-                f"system mounted on {os.uname().nodename}?) and submit again, or submit again to start from step 0"
-            ) from error
-
-    def _position(self) -> legs.Position:
-        return self._read(lambda: legs.position(self.plan))
-
-    def _rows(self, path: Path, tail_bytes: int = legs.TAIL_BYTES) -> list[dict[str, Any]]:
-        return self._read(lambda: legs.last_rows(path, tail_bytes))
-
-    def _read(self, what: Callable[[], T]) -> T:
-        """Asked again while the file system does not answer (EIO, ESTALE), as long as for room."""
-        until, told = self._patience(), False
-        while True:
-            try:
-                return what()
-            except OSError as error:
-                if self.signalled or time.monotonic() > until:
-                    raise
-                if not told:
-                    self.say(f"{error}: waits, at most {until - time.monotonic():.0f} s")
-                    told = True
-                time.sleep(ROOM_POLL_SECONDS)
-
-    def _patience(self) -> float:
-        """Until when, by time.monotonic()."""
-        return time.monotonic() + float(os.environ.get("ROOM_SECONDS", ROOM_SECONDS))
 
     # --- a start ----------------------------------------------------------------------------------------------
 
@@ -195,27 +165,33 @@ class Leg:
         self.say(reason)
         self._alert("lost", reason, stands.name)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signalled.append(number)  # Slurm gives the same signal to the ranks, which save and leave
+    def _trained_before(self) -> bool:
+        """Not in the run folder, so that it can be told from one that was never made."""
+        return self.restart > 0 and TRAINING in _log()
+
+    def _starts_out_of_reach(self) -> int:
+        """In a row, this one included; no row can count them."""
+        return _log().rpartition(TRAINING)[2].count(UNREACHABLE) + 1
 
     def _attempt(self) -> Decision:
         """Preflight, training, decision."""
-        before = self._position()
+        self.folder.require_checkpoints(self.chain)
+        before = self.folder.position()
         row = {"job": self.job, "chain": self.chain, "restart": self.restart, "attempt": self.attempt}
         where = {"nodes": self.nodes, "host": os.uname().nodename}
         self._record({"event": "start", **row, "progress": before.progress, **where})
         started = time.time()
         code, nodes = EXIT_RESTART_ME, []
-        if not self._stop_file():
+        if not self.folder.stop_file():
             try:
-                self._wait_for_room()
+                self.folder.wait_for_room()
                 nodes = self._fit_nodes()
                 code = self._train(nodes) if nodes else 1
             except OSError as error:  # the run folder's disk is full, or away: as if a node were
                 self.say(f"this start cannot write in the run folder: {error}")
                 code = DiskError.exit_code
         decision = decide(self._evidence(code))
-        after = self._position()
+        after = self.folder.position()
         self._record(
             {
                 "event": "end", **row, "progress": after.progress, "nodes": nodes, "code": code,
@@ -223,20 +199,6 @@ class Leg:
             },
         )  # fmt: skip
         return decision
-
-    def _wait_for_room(self) -> None:
-        told = False
-        disk = next(path for path in (self.run.absolute(), *self.run.absolute().parents) if path.exists())
-        until = self._patience()
-        while not self.signalled and time.monotonic() < until:
-            needed = preflight.room_needed(self.plan.recipe)
-            if (free := shutil.disk_usage(disk).free) >= needed:
-                return
-            if not told:
-                what = f"{self.run} has {free / 1e6:,.1f} MB free, the next checkpoints need {needed / 1e6:,.1f} MB"
-                self.say(f"{what}: waits for room, at most {until - time.monotonic():.0f} s")
-                told = True
-            time.sleep(ROOM_POLL_SECONDS)
 
     def _record(self, row: dict[str, Any]) -> None:
         """A row of legs.jsonl. On a full disk the log has it instead, and the next leg sees from its number that one is
@@ -247,17 +209,17 @@ class Leg:
             self.say(f"{legs.LEGS} cannot be written ({error.strerror}): {json.dumps(row)}")
 
     def _evidence(self, code: int) -> Evidence:
-        stands = self._position()
-        rows = self._rows(self.run / legs.LEGS)
-        last = self._rows(self.run / "metrics.jsonl", 1 << 16)[-1:]
+        stands = self.folder.position()
+        rows = self.folder.rows(self.run / legs.LEGS)
+        last = self.folder.rows(self.run / "metrics.jsonl", 1 << 16)[-1:]
         return Evidence(
             code,
-            rank_codes=tuple(row["code"] for row in self._rows(self.scratch / "exits.jsonl")),
+            rank_codes=tuple(row["code"] for row in self.folder.rows(self.scratch / "exits.jsonl")),
             finished=stands.finished,
-            stop_file=self._stop_file(),
+            stop_file=self.folder.stop_file(),
             cancelled=signal.SIGTERM in self.signalled and self._state() in CANCELLED,
             futile_legs=legs.futile_legs(rows, self.chain, stands.progress, self.job, self.restart),
-            allowed_futile_legs=int(os.environ.get("FUTILE_LEGS", FUTILE_LEGS)),
+            allowed_futile_legs=self._allowed_futile_legs,
             checkpoint=stands.name,
             step=f"step {last[0]['step']} of '{last[0]['stage']}'" if last else "no step",
         )
@@ -269,10 +231,6 @@ class Leg:
             facts |= {"event": event, "reason": reason, "checkpoint": checkpoint}
             if failed := alert.send(command, f"{name}, job {self.job}: {event}: {reason}", facts):
                 self.say(f"the alert could not be sent: {failed}")
-
-    def _stop_file(self) -> str:
-        path = self.run / STOP_FILE
-        return str(path) if self._read(path.exists) else ""
 
     def _state(self) -> str:
         try:
@@ -305,7 +263,7 @@ class Leg:
         if len(fit) < self.needed:
             self.say(f"preflight: {len(fit)} of {len(self.nodes)} nodes are fit, {self.needed} are needed")
             return []
-        self.say(f"preflight: training on {','.join(fit[: self.needed])}")
+        self.say(f"{TRAINING} {','.join(fit[: self.needed])}")
         return fit[: self.needed]
 
     def _preflight(self, nodes: list[str]) -> preflight.Verdict:
@@ -395,13 +353,23 @@ def _held() -> list[str]:
     return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else []
 
 
+def _log() -> str:
+    """What this job's starts have said so far, where sbatch was given --open-mode=append; "" where it is no file."""
+    return LOG.read_text(errors="replace") if LOG.is_file() else ""
+
+
 def main() -> None:
     """The job's exit code is `decide`'s; an error of the recipe leaves with its own code before anything starts."""
     if len(sys.argv) < 2 or "SLURM_JOB_ID" not in os.environ:
         print("error: this runs inside a Slurm job, as examples/smollm2_1.7b.sh starts it", file=sys.stderr)
         sys.exit(UserError.exit_code)
+    signalled: list[int] = []  # Slurm gives the same signals to the ranks, which save and leave
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, _: signalled.append(number))
+    arguments = [*sys.argv[1:], *shlex.split(os.environ.get("OVERRIDES", ""))]
     try:
-        code = Leg.from_environment([*sys.argv[1:], *shlex.split(os.environ.get("OVERRIDES", ""))]).go()
+        leg = patiently(lambda: Leg.from_environment(arguments, signalled), print, lambda: bool(signalled))
+        code = leg.go()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if command := os.environ.get("ALERT"):

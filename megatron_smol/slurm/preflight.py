@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -129,16 +129,25 @@ def room_needed(recipe: Recipe) -> int:
     return max(more * largest - unfinished_bytes(checkpoints), 0)
 
 
+def free_bytes(folder: Path) -> int:
+    """On the disk of a folder that need not be there yet. (On a node where the run folder is not mounted it must not be made.)"""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(path).free
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(folder)
+
+
 def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> None:
     """Room where the run writes, and a little where libraries put their caches."""
-    places = {
-        recipe.run_path: room_needed(recipe),
-        Path(os.environ.get("TMPDIR", "/tmp")): 10**8,
+    places: dict[Path, Callable[[], int]] = {
+        recipe.run_path: lambda: room_needed(recipe),
+        Path(os.environ.get("TMPDIR", "/tmp")): lambda: 10**8,
     }
-    for folder, needed in places.items():
+    for folder, asked in places.items():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
+            free, needed = free_bytes(folder), asked()
         except OSError as error:
             wrong.append(f"{folder}: {error.strerror}")
             continue

@@ -28,6 +28,7 @@ WAIT_SECONDS = 120.0  # longer than Slurm needs to end what it reaches (KillWait
 
 class _Holder(Enum):
     EARLIER_START = auto()  # of this job: Slurm starts one only when the one before is over
+    LATER_START = auto()  # of this job: we are what is left of one before
     SAME_ARRAY = auto()  # whose elements may, or may not, come one after the other
     ANOTHER = auto()
 
@@ -59,7 +60,8 @@ class RunLock:
 
     @classmethod
     def open(cls, folder: Path, name: str = LOCK) -> RunLock:
-        claim = Claim(folder, f"{_me()}process {os.getpid()} on {socket.gethostname()}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        claim = Claim(folder, f"{_me()}process {os.getpid()} on {socket.gethostname()} since {since}")
         return cls(claim, (folder / name).open("a+"))
 
     def require(self) -> None:
@@ -90,26 +92,28 @@ def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
     Another job's folder is refused at once (UserError). An earlier start of this very job is waited for, LOCK_SECONDS, and then
     loses it. Another element of this array is waited for; then it is an InUseError, with which a job starts again.
     """
-    seconds, told = float(os.environ.get("LOCK_SECONDS", WAIT_SECONDS)), False
+    seconds, told, looked_again = float(os.environ.get("LOCK_SECONDS", WAIT_SECONDS)), False, False
     until = time.monotonic() + seconds
     while (lock := _taken(folder)) is None:
+        _require_latest(folder)
         text = _read(folder)
         holder = _whose(text)
         if holder is _Holder.ANOTHER:
-            raise UserError(
-                f"another job is training in {folder} ({text}); wait for it, or choose another folder"
-            )
-        if not told:
+            if looked_again:
+                raise UserError(
+                    f"another job is training in {folder} ({text}); wait for it, or choose another folder"
+                )
+            looked_again = True  # who has just taken it may not have written yet whose it is
+        elif not told:
             say(f"{folder} is still held by an earlier leg ({text}): waits, at most {seconds:.0f} s")
             told = True
-        if time.monotonic() > until:
+        elif time.monotonic() > until:
             if holder is _Holder.SAME_ARRAY:
                 raise InUseError(f"an earlier leg still holds {folder} ({text}) after {seconds:.0f} s")
             lock = _taken_over(folder)
             say(f"{folder} is taken over: Slurm started this job again, so the leg that holds it is lost")
             break
         time.sleep(0.5)
-    lock.write()
     return lock
 
 
@@ -122,6 +126,8 @@ def _taken(folder: Path) -> RunLock | None:
             lock.close()
             return None
         if lock.in_place():
+            _require_latest(folder)
+            lock.write()
             return lock
         lock.close()  # put away while it was opened: the one that is there now counts
 
@@ -130,8 +136,16 @@ def _taken_over(folder: Path) -> RunLock:
     name = f"{LOCK}-{os.getpid()}"
     lock = RunLock.open(folder, name)
     fcntl.flock(lock.file, fcntl.LOCK_EX)
+    lock.write()
+    _require_latest(folder)
     (folder / name).replace(folder / LOCK)
     return lock
+
+
+def _require_latest(folder: Path) -> None:
+    """InUseError for a start that was frozen before it took the lock, while a later one came."""
+    if _whose(text := _read(folder)) is _Holder.LATER_START:
+        raise InUseError(f"{folder} belongs to a later start of this job ({text}); this one leaves")
 
 
 def _read(folder: Path) -> str:
@@ -157,8 +171,10 @@ def _start() -> tuple[int, int]:
 def _whose(text: str) -> _Holder:
     found = re.match(r"job (\d+)(?: of array (\d+))?, start (\d+)\.(\d+), ", text)
     if found and found[1] == os.environ.get("SLURM_JOB_ID"):
-        earlier = (int(found[3]), int(found[4])) < _start()
-        return _Holder.EARLIER_START if earlier else _Holder.ANOTHER
+        start = int(found[3]), int(found[4])
+        if start == _start():  # twice in one interactive allocation
+            return _Holder.ANOTHER
+        return _Holder.EARLIER_START if start < _start() else _Holder.LATER_START
     if found and found[2] and found[2] == os.environ.get("SLURM_ARRAY_JOB_ID"):
         return _Holder.SAME_ARRAY
     return _Holder.ANOTHER

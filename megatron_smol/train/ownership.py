@@ -25,6 +25,9 @@ class Ownership(Hook):
         if torch.distributed.get_rank() == 0:
             self._claim.require()
 
+    def on_run_start(self, trainer: Trainer) -> None:
+        self._require()
+
     def on_stage_start(self, trainer: Trainer, stage: StagePlan) -> None:
         self._require()
 

@@ -6,7 +6,6 @@ The same command starts a run and continues it, on one process, under torchrun o
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from megatron_smol.checkpoint.agree import together
 from megatron_smol.data.loader import check_divisible, check_packed
 from megatron_smol.data.source import TokenSource, load_source
 from megatron_smol.data.tokenizer import load_tokenizer
-from megatron_smol.errors import EXIT_RESTART_ME, NO_ROOM, DataError, DiskError, UserError
+from megatron_smol.errors import EXIT_RESTART_ME, DataError, DiskError, UserError, is_away
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
 from megatron_smol.recipe.plan import Plan, make_plan
@@ -41,8 +40,6 @@ from megatron_smol.train.trainer import Trainer
 from megatron_smol.train.validate import SourceValidation
 from megatron_smol.train.watchdog import Watchdog
 
-# A restart may find them gone, so they are told and tried again, on another node perhaps. (ENOLCK: a file server is away.)
-DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK)
 ERROR_CHARACTERS = 160  # of gloo's and NCCL's paragraphs, in the log's one line
 
 
@@ -110,6 +107,9 @@ def _train_watched(
             ReplicaCheck(recipe.guard.replica_check),
         ]
         trainer = Trainer(plan, engine, sources, hooks, stop, console, pulse)
+        with together("looking at the lock", only_rank=0) as mine:  # building may have taken long
+            if mine:
+                claim.require()
         _start_or_resume(trainer)
         finished = trainer.fit()
         _farewell(trainer, finished)
@@ -119,7 +119,7 @@ def _train_watched(
         )  # a save that failed because a later start cleared it away: that is the reason to tell
         raise
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if not is_away(error):
             raise
         where = error.filename or recipe.run_path  # of what a run writes beside checkpoints
         raise DiskError(f"{where}: {error.strerror}; mend that, then run again") from error
@@ -163,7 +163,7 @@ def _prepare_folder(plan: Plan, say: Callable[[str], None]) -> RunLock:
         write_text(recipe.run_path / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
         write_text(recipe.run_path / "versions.json", json.dumps(_circumstances(), indent=1) + "\n")
     except OSError as error:
-        kind = DiskError if error.errno in DISK_ERRORS else UserError
+        kind = DiskError if is_away(error) else UserError
         raise kind(
             f"run_dir {recipe.run_path} cannot be written: {error.strerror}; mend that, or set run_dir elsewhere"
         ) from error

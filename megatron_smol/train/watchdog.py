@@ -45,6 +45,8 @@ LEAST_TIMEOUT_SECONDS, MEDIANS = 120.0, 10
 # Steps of a stage that may be slow (compilation, cold caches), and over which the median is taken.
 FIRST_STEPS, STEPS = 5, 64
 FRAMES_SHOWN = 6
+# This thread sleeps for an interval; where that took so much longer, the process was stopped.
+FROZEN_SECONDS = 5.0
 # The C timer comes after this thread's own verdict.
 LAST_RESORT_SECONDS = 30.0
 _COLLECTIVES = ("/torch/distributed/", "/megatron/core/distributed/", "/p2p_communication.py")
@@ -102,7 +104,11 @@ class Watchdog(Hook):
         return max(MEDIANS * statistics.median(list(self._steps)), LEAST_TIMEOUT_SECONDS)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._over.wait(self._interval):
+            if time.monotonic() - looked > self._interval + FROZEN_SECONDS:
+                self._leave_if_shut_out()  # before anything is written: a later start may write there now
+            looked = time.monotonic()
             left = self._pulse.since + self.allowed_seconds - time.monotonic()
             last_resort = max(left, 0.0) + LAST_RESORT_SECONDS + 4 * self._interval
             faulthandler.dump_traceback_later(last_resort, exit=True, file=self._stacks)
@@ -137,12 +143,12 @@ class Watchdog(Hook):
     # --- when something is wrong ----------------------------------------------------------------------------
 
     def _alarm(self) -> None:
+        self._leave_if_shut_out()
         pulse = (self._pulse.phase, self._pulse.since)
         self._write_stacks(f"{self._pulse.phase} for {time.monotonic() - self._pulse.since:.0f} s")
         verdict = self._look_around()
         if verdict.moving or pulse != (self._pulse.phase, self._pulse.since):
             return  # slow, not hanging
-        self._leave_if_shut_out()
         if verdict.teller == self._rank:
             hang = "hang" if verdict.lagging else "hang of all ranks"
             self._tell(verdict, hang, f"no progress for {time.monotonic() - self._pulse.since:.0f} s")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_smol.checkpoint import folder, safe, store
-from megatron_smol.errors import CheckpointError
+from megatron_smol.errors import CheckpointError, DiskError
 from tests import ranks
 from tests.helpers import run_ranks
 from tests.layouts import Layout
@@ -211,18 +211,34 @@ def test_one_bit_of_state_json(tmp_path: Path) -> None:
 
 
 def test_one_of_a_later_version_is_not_taken_for_damaged(tmp_path: Path) -> None:
-    """Whole, but with a format that is not known here: nothing is moved, and nobody goes on from before it."""
+    """Whatever it calls its fields: nothing is moved, and nobody goes on from before it."""
     make(tmp_path, "one", 0, 2)
     path = make(tmp_path, "one", 0, 4)
-    folder.write_json(path / folder.STATE, json.loads((path / folder.STATE).read_text()) | {"format": 9})
+    folder.write_json(path / folder.STATE, {"format": 9, "phase": 1})
+    folder.write_json(path / folder.COMPLETE, {"format": 9, "parts": []})
     said: list[str] = []
-    (path / folder.COMPLETE).unlink()
-    folder.write_json(
-        path / folder.COMPLETE, {"files": folder.describe_files(path, [folder.STATE, "weights"])}
-    )
     with pytest.raises(CheckpointError, match=r"has format 9, .* move that checkpoint away"):
         folder.choose_newest(tmp_path, said.append)
     assert path.exists() and not said
+
+
+def test_one_moved_aside_that_is_whole_comes_back(tmp_path: Path) -> None:
+    """Its disk did not answer when it was looked at; it is not thrown away when another is found damaged."""
+    for step in (2, 4, 8):
+        make(tmp_path, "one", 0, step)
+    whole = tmp_path / folder.checkpoint_name("one", 8)
+    whole.rename(whole.with_name(f"{folder.DAMAGED}{whole.name}"))
+    (tmp_path / folder.checkpoint_name("one", 4) / "weights").unlink()
+    found = folder.choose_newest(tmp_path, lambda _: None)
+    assert found is not None and found.path == whole
+
+
+def test_a_link_to_nowhere_is_not_an_empty_folder(tmp_path: Path) -> None:
+    link = tmp_path / "checkpoints"
+    assert folder.choose_newest(link) is None
+    link.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(DiskError, match="link to nowhere"):
+        folder.choose_newest(link)
 
 
 def test_of_damaged_ones_the_last_found_stay(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_full_disk(user: User, whole: TinyRun, table: FaultTable) -> None:
         strike = Strike.now(user, job)
         _fill(ballast, leave_bytes=100_000)
         trial = strike.followed(whole.run)
-        user.until_logged(job, "waits for room, at most")
+        user.until_logged(job, "the next checkpoints need")
         ballast.unlink()
         finish(user, job, whole)
     finally:

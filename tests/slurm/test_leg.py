@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DiskError, UserError
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import make_plan, resolve_sizes
-from megatron_smol.slurm import clients
+from megatron_smol.slurm import clients, run_folder
 from megatron_smol.slurm import leg as leg_module
 from megatron_smol.slurm.leg import Leg
-from megatron_smol.slurm.legs import Position
+from megatron_smol.slurm.legs import Position, append_row
 from tests.tiny import TinyRun
 
 
@@ -78,42 +78,107 @@ class Away:
         return self.real(path)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("ROOM_SECONDS", "0.1")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What a leg whose job Slurm calls running asks of Slurm."""
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.setattr(clients, "job", lambda *_, patient: {"JobState": "RUNNING"})
+    monkeypatch.setattr(clients, "ask", lambda *command: commands.append(command) or "")
+    return commands
+
+
 def test_a_file_system_that_comes_back_is_waited_for(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leg = tiny_leg(tiny, restart=0)
     away = Away(times=3)
+    monkeypatch.setenv("ROOM_SECONDS", "60")
     monkeypatch.setattr(os, "scandir", away)
-    monkeypatch.setattr(leg_module, "ROOM_POLL_SECONDS", 0.01)
-    assert leg._position() == Position(None, False) and away.asked == 4
+    assert tiny_leg(tiny, restart=0).folder.position() == Position(None, False) and away.asked == 4
     assert capsys.readouterr().out.count("Stale file handle") == 1
 
 
-def test_one_that_stays_away_costs_a_requeue_and_not_the_job(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[tuple[str, ...]] = []
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(clients, "job", lambda *_, patient: {"JobState": "RUNNING", "Restarts": "0"})
-    monkeypatch.setattr(clients, "ask", lambda *command: asked.append(command) or "")
-    monkeypatch.setattr(os, "scandir", Away(times=1000))
-    monkeypatch.setattr(leg_module, "ROOM_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(leg_module.signal, "signal", lambda *_: None)
-    monkeypatch.setenv("ROOM_SECONDS", "0.1")
-    assert tiny_leg(tiny, restart=0).go() == 75
-    assert asked == [("scontrol", "requeue", "7")]
-    assert "restart: the file system of the run folder does not answer" in capsys.readouterr().out
-
-
-def test_a_run_folder_that_is_gone_is_not_begun_again(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not mounted here, most likely; training would start at step 0 beside the run."""
-    monkeypatch.setattr(leg_module, "ROOM_POLL_SECONDS", 0.01)
-    monkeypatch.setenv("ROOM_SECONDS", "0.1")
-    tiny_leg(tiny, restart=0)._require_folder()
-    with pytest.raises(UserError, match=r"run folder .* is not there; bring it back"):
-        tiny_leg(tiny, restart=1)._require_folder()
+def test_one_that_stays_away_costs_starts_and_in_the_end_the_job(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, quick: None, asked: list[Any], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Rows cannot count them, so the job's log does; one that trained in between begins the count anew."""
     tiny.run.mkdir(parents=True)
-    tiny_leg(tiny, restart=1)._require_folder()
+    monkeypatch.setattr(os, "scandir", Away(times=1000))
+    log = tmp_path / "job.log"
+    monkeypatch.setattr(leg_module, "LOG", log)
+    log.write_text("the run folder is out of reach\nleg: preflight: training on node1\n")
+    for restart, code in enumerate([75, 75, 70]):
+        assert tiny_leg(tiny, restart).go() == code
+        said = capsys.readouterr().out
+        assert "Stale file handle" in said and ("in 3 starts in a row" in said) == (code == 70)
+        with log.open("a") as file:
+            file.write(said)
+    assert asked == [("scontrol", "requeue", "7")] * 2
+
+
+def test_what_waiting_does_not_mend_is_the_users(tiny: TinyRun, quick: None, asked: list[Any]) -> None:
+    tiny.run.mkdir(parents=True)
+    (tiny.run / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"run folder cannot be used: .*checkpoints"):
+        tiny_leg(tiny, restart=500).go()
+    assert not asked
+
+
+def test_a_run_folder_that_is_gone_is_not_begun_again(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, quick: None, asked: list[Any], tmp_path: Path
+) -> None:
+    """Not mounted here, most likely; training would start at step 0 beside the run. One that was never made is made."""
+    log = tmp_path / "job.log"
+    monkeypatch.setattr(leg_module, "LOG", log)
+    log.write_text("slurmstepd: error: prolog failed\n")
+    for restart in (0, 1):
+        leg = tiny_leg(tiny, restart)
+        leg.folder.require(leg._trained_before)
+    log.write_text("leg: preflight: training on node1\n")
+    with pytest.raises(DiskError, match=r"trained before, is not there"):
+        leg.folder.require(leg._trained_before)
+    assert leg.go() == 75 and not tiny.run.exists() and asked == [("scontrol", "requeue", "7")]
+    tiny.run.mkdir(parents=True)
+    leg.folder.require(leg._trained_before)
+
+
+def test_checkpoints_that_are_gone_are_not_trained_again(tiny: TinyRun, quick: None) -> None:
+    """The folder is there, its checkpoints were elsewhere. Another job, by somebody who removed them, may start over."""
+    folder = tiny_leg(tiny, restart=0).folder
+    row = {"event": "start", "job": "7", "chain": "7", "restart": 0, "progress": [0, 0]}
+    append_row(tiny.run / "legs.jsonl", row)
+    folder.require_checkpoints("7")
+    append_row(tiny.run / "legs.jsonl", row | {"event": "end", "progress": [1, 60]})
+    folder.require_checkpoints("8")
+    with pytest.raises(DiskError, match="this job was at step 60 of stage 2"):
+        folder.require_checkpoints("7")
+
+
+def test_a_recipe_on_a_file_system_that_comes_back(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`smol submit` puts it into the run folder."""
+    real, times = Path.read_text, []
+
+    def read_text(self: Path, *arguments: Any, **named: Any) -> str:
+        if self == tiny.recipe and len(times) < 3:
+            times.append(1)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setenv("ROOM_SECONDS", "60")
+    monkeypatch.setattr(Path, "read_text", read_text)
+    loaded = run_folder.patiently(lambda: load_recipe(tiny.recipe), print, lambda: False)
+    assert loaded.name and len(times) == 3 and capsys.readouterr().out.count("waits") == 1
+    with pytest.raises(UserError, match="no recipe file"):
+        run_folder.patiently(lambda: load_recipe(tiny.folder / "nowhere.yaml"), print, lambda: False)
 
 
 def test_a_full_disk_does_not_undo_what_is_done(
@@ -124,5 +189,5 @@ def test_a_full_disk_does_not_undo_what_is_done(
     (tiny.run / "slurm").touch()
     leg = tiny_leg(tiny, restart=0)
     decision = leg_module.decide(leg_module.Evidence(0, finished=True))
-    assert leg._end(decision, leg._position()) == 0
+    assert leg._end(decision, leg.folder.position()) == 0
     assert "could not be written" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smol.errors import InUseError, UserError
+from megatron_smol.train import lock as lock_module
 from megatron_smol.train.lock import RunLock, take_lock
 from tests.tiny import TinyRun, environment, rows, smol
 
@@ -113,6 +114,49 @@ def test_who_was_shut_out_finds_out_where_nodes_do_not_see_each_others_locks(
     with pytest.raises(InUseError, match="taken over by a later start"):
         first.require()
     second.require()
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_start_that_was_frozen_before_it_took_the_lock_leaves_it_to_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool
+) -> None:
+    later = take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
+    text = (tmp_path / ".lock").read_text()
+    if free:  # or where nodes do not see each other's flock
+        later.close()
+    with pytest.raises(InUseError, match="belongs to a later start of this job"):
+        take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert (tmp_path / ".lock").read_text() == text
+    later.require()
+
+
+def test_who_takes_over_looks_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen after it had waited, while a later start took over."""
+    first, said = take(tmp_path, monkeypatch, [], SLURM_JOB_ID="7"), []
+    real = lock_module._taken_over
+
+    def late(folder: Path) -> RunLock:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock_module, "_taken_over", real)
+            later.append(take(folder, patch, [], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2"))
+        return real(folder)
+
+    later: list[RunLock] = []
+    monkeypatch.setattr(lock_module, "_taken_over", late)
+    with pytest.raises(InUseError, match="belongs to a later start of this job"):
+        take(tmp_path, monkeypatch, said, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    later[0].require()
+    first.close()
+
+
+def test_a_holder_that_has_not_written_yet_is_not_taken_for_another_job(
+    held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is that of whoever had the folder before."""
+    (held / ".lock").write_text("job 6, start 0.0, process 9 on node3")
+    monkeypatch.setattr(lock_module.time, "sleep", lambda _: (held / ".lock").write_text(EARLIER))
+    with pytest.raises(InUseError, match="earlier leg still holds"):
+        take(held, monkeypatch, [], SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="5")
 
 
 def test_an_element_of_the_array_is_waited_for_but_not_shut_out(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smol.train.heartbeat import Beat, judge
+from megatron_smol.train.heartbeat import Beat, judge, read_beats, write_beat
 from megatron_smol.train.pulse import COMPUTING, LOADING, UPDATING
 from megatron_smol.train.stragglers import Streaks
 from tests.tiny import TinyRun, rows
@@ -101,9 +101,9 @@ def test_a_collective_that_times_out_names_who_did_not_come(tiny: TinyRun) -> No
     assert "Timed out" in errors(tiny)
 
 
-@pytest.mark.parametrize("other", ["gone", "frozen"])
+@pytest.mark.parametrize("other", ["gone", "frozen", "new"])
 def test_a_rank_that_thaws_when_a_later_start_has_the_run_tells_of_no_hang(tiny: TinyRun, other: str) -> None:
-    """Its peers are gone, or do not answer; the run that goes on is another one."""
+    """Its peers are gone, do not answer, or are the later start's, which moves on; the run that goes on is another one."""
     processes = launch(tiny, *LONG, *WATCHED)
     until_line(tiny, 9)
     for process in processes:
@@ -111,8 +111,14 @@ def test_a_rank_that_thaws_when_a_later_start_has_the_run_tells_of_no_hang(tiny:
     (tiny.run / ".lock").write_text("job 7, start 1.0, process 1 on node9")
     if other == "gone":
         processes[0].kill()
+    beats = tiny.run / "watchdog"
+    beat, until = read_beats(beats, 1)[0], time.monotonic() + 90
     os.kill(processes[1].pid, signal.SIGCONT)
-    processes[1].join(90)
+    while processes[1].is_alive() and time.monotonic() < until:
+        if other == "new":
+            beat = replace(beat, beat=beat.beat + 1, step=beat.step + 1)
+            write_beat(beats, beat)
+        processes[1].join(0.1)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
