@@ -50,6 +50,7 @@ class Monitor(TrainerCallback):
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        self._output.require()  # loading may have taken long
         rows = self._cut_back("metrics.jsonl", state.global_step)
         self._cut_back("validation.jsonl", state.global_step)
         # TRL counts a leg's tokens from 0.
