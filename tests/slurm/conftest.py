@@ -34,6 +34,7 @@ LONG = (
 )
 LAST = "long-00000081"
 # A batch that 2, 3 and 4 ranks can share.
+MINUTE = LONG.replace("80 steps", "2000 steps").replace(f"{EVERY} steps", "100 steps")
 TWELVE = f"{LONG} training.global_batch=12 training.micro_batch=1 stages.long.global_batch=12"
 
 
@@ -169,6 +170,12 @@ def whole_on_four(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def whole_of_twelve(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """On one process, with batches of twelve."""
     return _whole(tiny_data, tmp_path_factory.mktemp("whole12"), 0, TWELVE)
+
+
+@pytest.fixture(scope="session")
+def whole_of_a_minute(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """For faults that Slurm takes half a minute to notice, while the ranks train on."""
+    return _whole(tiny_data, tmp_path_factory.mktemp("minute"), 2, MINUTE)
 
 
 def _whole(data: Path, folder: Path, ranks: int, overrides: str = LONG) -> TinyRun:

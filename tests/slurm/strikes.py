@@ -21,13 +21,17 @@ def struck(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[], None] = lambda: None,
+    overrides: str = LONG,
 ) -> list[Trial]:
     """Do `fault` (it gets the job's id) `wanted` times to jobs one after the other. Every job then ends equal to the
     run that nothing happened to."""
     chance = random.Random(wanted)
     made: list[Trial] = []
+    jobs = 0
     while len(made) < wanted:
-        job = user.submit(overrides=LONG, FUTILE_LEGS="100")
+        jobs += 1
+        assert jobs <= 3 * wanted + 3, f"{len(made)} of {jobs} jobs noticed the fault: they are over too soon"
+        job = user.submit(overrides=overrides, FUTILE_LEGS="100")
         while len(made) < wanted and random_moment(user, job, chance):
             strike = Strike.now(user, job)
             fault(job)
@@ -47,6 +51,7 @@ def to_nodes(
     wanted: int,
     fault: Callable[[int], None],
     mend: Callable[[int], None],
+    overrides: str = LONG,
 ) -> list[Trial]:
     """Faults of the job's node at `place`; the third node of the cluster is idle and takes over."""
     hit: list[int] = []
@@ -60,7 +65,7 @@ def to_nodes(
         user.until(lambda: user.cluster.up(hit[-1]), "node that is back")
 
     try:
-        return struck(user, whole, wanted, strike, heal)
+        return struck(user, whole, wanted, strike, heal, overrides)
     finally:
         user.until(lambda: user.cluster.idle() == 3, "boot")
 

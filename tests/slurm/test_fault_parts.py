@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import LONG, REPOSITORY, User
+from tests.slurm.conftest import LONG, MINUTE, REPOSITORY, User
 from tests.slurm.strikes import finish, struck, to_nodes, until_saving
 from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun
@@ -37,9 +37,10 @@ def test_a_rank_crashes(user: User, whole: TinyRun, table: FaultTable) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["batch host", "other node"])
-def test_slurmd_killed(user: User, whole: TinyRun, table: FaultTable, place: int) -> None:
+def test_slurmd_killed(user: User, whole_of_a_minute: TinyRun, table: FaultTable, place: int) -> None:
     """The job's processes outlive it there, and Slurm starts the job elsewhere: never two that train."""
-    made = to_nodes(user, whole, place, trials(1), user.cluster.kill_slurmd, user.cluster.reboot)
+    faults = user.cluster.kill_slurmd, user.cluster.reboot
+    made = to_nodes(user, whole_of_a_minute, place, trials(1), *faults, overrides=MINUTE)
     what = "the node that runs the batch script" if place == 0 else "another node of the job"
     table.add(f"`slurmd` killed on {what}", "Slurm requeues: `restart 1, nodes ...`", "equal", made)
 
