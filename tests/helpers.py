@@ -1,4 +1,4 @@
-"""Ranks for tests: `run_ranks(fn, n)` runs `fn(*args)` on n gloo ranks and gives back what each returned."""
+"""Ranks for tests: `run_ranks(fn, n)` runs `fn(*args)` on n gloo ranks and gives back what each returned; and kills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import queue
 import socket
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 RANK_TIMEOUT_S = 300
 
@@ -84,3 +87,21 @@ def _rank(
         results.put((rank, function(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+
+
+def stop_after(allowed: int, patch: pytest.MonkeyPatch) -> None:
+    """So many files and folders may be removed or renamed, then comes the kill."""
+    left = allowed
+
+    def counted(real: Any) -> Any:
+        def act(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*arguments, **named)
+
+        return act
+
+    for name in ("unlink", "rmdir", "replace", "rename"):
+        patch.setattr(os, name, counted(getattr(os, name)))

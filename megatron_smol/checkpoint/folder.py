@@ -223,9 +223,7 @@ def publish(writing: Path, final: Path, files: dict[str, dict[str, Any]]) -> Non
     write_json(writing / COMPLETE, {"format": FORMAT, "files": files})
     fsync(writing)
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    if (
-        final.exists()
-    ):  # the same step saved again (after a roll-back, say); `remove_unfinished` knows what a kill leaves
+    if final.exists():  # the same step again, after a roll-back; `remove_unfinished` knows what a kill leaves
         final.rename(replaced)
     try:
         writing.rename(final)

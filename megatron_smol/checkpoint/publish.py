@@ -10,8 +10,6 @@ through `published`.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 
 from megatron_smol.checkpoint import folder as on_disk
 from megatron_smol.errors import CheckpointError, UserError
+from megatron_smol.flock import locked_file
 
 
 @contextmanager
@@ -48,24 +47,14 @@ def _alone(out: Path) -> Iterator[None]:
     path = out.with_name(f".lock-{out.name}")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-        taken = _flock(file.fileno(), path)
+        file = locked_file(path)
+    if file is None:
+        raise UserError(f"another conversion is writing {out}; wait for it, or choose another folder")
     with file:
-        if not taken:
-            raise UserError(f"another conversion is writing {out}; wait for it, or choose another folder")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def _flock(descriptor: int, path: Path) -> bool:
-    """Lock a file that others find at `path`: its holder may have removed it since it was opened."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def _put_in_place(aside: Path, out: Path) -> None:

@@ -7,9 +7,8 @@ others they do not meet. One process works alone; the tasks of an array job shar
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import glob
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,8 +21,10 @@ from megatron_smol.data.files import PARTIAL
 from megatron_smol.data.manifest import FOLDER_MANIFEST, PREFIX_MANIFEST
 from megatron_smol.data.origins import ORIGINS_END
 from megatron_smol.errors import UserError
+from megatron_smol.flock import flock, is_at, locked_file
 
 _LOCK, _ASSEMBLY_LOCK = "lock", "assembly.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LEAVING_SECONDS = 0.05  # between two looks whether a task that leaves has gone
 PLAN = "plan.json"
 
@@ -110,7 +111,7 @@ class Place:
             stream = stack.enter_context(self._locked(shared=not share.is_all))
             if not share.is_all:
                 own = self.work / f"task-{share.rank}-of-{share.tasks}.lock"
-                if not _lock(stack.enter_context(own.open("a+")), fcntl.LOCK_EX):
+                if not _lock(stack.enter_context(own.open("a+"))):
                     raise UserError(
                         f"task {share.rank} of {share.tasks} is running already, on {self.path}; wait for "
                         f"it, or stop it"
@@ -118,14 +119,14 @@ class Place:
             try:
                 yield
             finally:
-                if (self.manifest.exists() or not self.is_begun) and _lock(stream, fcntl.LOCK_EX):
+                if (self.manifest.exists() or not self.is_begun) and _lock(stream):
                     self._remove_work(stream)
 
     @contextmanager
     def assembling(self, work: Path) -> Iterator[bool]:
         """Whether this process may put the shards together: one task at a time."""
         with (work / _ASSEMBLY_LOCK).open("a+") as stream:
-            yield _lock(stream, fcntl.LOCK_EX)
+            yield _lock(stream)
 
     @contextmanager
     def _locked(self, shared: bool) -> Iterator[IO[str]]:
@@ -133,31 +134,23 @@ class Place:
             with suppress(FileExistsError):
                 self.work.mkdir(parents=True)
             try:
-                stream = (self.work / _LOCK).open("a+")
+                with _explained(self.work):
+                    stream = locked_file(self.work / _LOCK, shared=shared)
             except FileNotFoundError:
                 if self.work.is_symlink():  # to nowhere
                     raise
                 continue  # another command finished and took the folder away just now
-            with stream:
-                if not _lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-                    if shared and self.manifest.exists():  # all is done: the last task is leaving
-                        time.sleep(_LEAVING_SECONDS)
-                        continue
-                    raise UserError(f"another command is writing to {self.folder}; wait for it, or stop it")
-                if self._is_the_lock(stream):
+            if stream is not None:
+                with stream:
                     yield stream
-                    return
-
-    def _is_the_lock(self, stream: IO[str]) -> bool:
-        """Whether an open lock is the one in the work folder, not one that went with an earlier folder."""
-        try:
-            return os.path.samestat((self.work / _LOCK).stat(), os.fstat(stream.fileno()))
-        except FileNotFoundError:
-            return False
+                return
+            if not (shared and self.manifest.exists()):
+                raise UserError(f"another command is writing to {self.folder}; wait for it, or stop it")
+            time.sleep(_LEAVING_SECONDS)  # all is done: the last task is leaving
 
     def _remove_work(self, lock: IO[str]) -> None:
         """The lock goes last: it keeps out a task that comes now, which would go on with half of the work."""
-        if not self._is_the_lock(lock):
+        if not is_at(lock, self.work / _LOCK):
             return
         with suppress(OSError):  # what stays is removed by the next command here
             for entry in self.work.iterdir():
@@ -169,14 +162,19 @@ class Place:
             self.work.rmdir()  # unless another has come since, whose lock is in it
 
 
-def _lock(stream: IO[str], kind: int) -> bool:
+def _lock(stream: IO[str]) -> bool:
+    with _explained(Path(stream.name)):
+        return flock(stream)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        fcntl.flock(stream, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        yield
     except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         raise UserError(
-            f"the file system of {stream.name} has no file locks ({error.strerror}), which keep two commands "
+            f"the file system of {path} has no file locks ({error.strerror}), which keep two commands "
             f"from writing over each other: mount it with them (Lustre: -o flock), or choose another output"
         ) from error
-    return True

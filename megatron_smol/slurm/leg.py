@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError, is_away
@@ -116,7 +116,8 @@ class Leg:
         return self.run / "slurm" / f"{self.job}.{self.restart}.{self.attempt}"
 
     def say(self, line: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} leg: {line}", flush=True)
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} leg: {line}", flush=True)
 
     def go(self) -> int:
         """Train until done, stopped, or requeued; the job's exit code."""
@@ -167,7 +168,7 @@ class Leg:
 
     def _trained_before(self) -> bool:
         """Not in the run folder, so that it can be told from one that was never made."""
-        return self.restart > 0 and TRAINING in _log()
+        return (self.restart > 0 or self.attempt > 0) and TRAINING in _log()
 
     def _starts_out_of_reach(self) -> int:
         """In a row, this one included; no row can count them."""
@@ -175,6 +176,7 @@ class Leg:
 
     def _attempt(self) -> Decision:
         """Preflight, training, decision."""
+        self.folder.require(self._trained_before)
         self.folder.require_checkpoints(self.chain)
         before = self.folder.position()
         row = {"job": self.job, "chain": self.chain, "restart": self.restart, "attempt": self.attempt}
@@ -377,6 +379,15 @@ def main() -> None:
             facts = {"job": job, "event": Action.STOP, "reason": str(error)}
             alert.send(command, f"job {job}: {Action.STOP}: {error}", facts)
         code = error.exit_code
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with this code, also when the log is on a full disk: what Python could not write would make it 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os._exit(code)
     sys.exit(code)
 
 

@@ -131,12 +131,10 @@ def room_needed(recipe: Recipe) -> int:
 
 def free_bytes(folder: Path) -> int:
     """On the disk of a folder that need not be there yet. (On a node where the run folder is not mounted it must not be made.)"""
-    for path in (folder.absolute(), *folder.absolute().parents):
-        try:
-            return shutil.disk_usage(path).free
-        except FileNotFoundError:
-            continue
-    raise FileNotFoundError(folder)
+    try:
+        return shutil.disk_usage(folder).free
+    except FileNotFoundError:
+        return free_bytes(folder.absolute().parent)
 
 
 def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> None:
@@ -148,8 +146,8 @@ def _look_at_disk(recipe: Recipe, facts: dict[str, Any], wrong: list[str]) -> No
     for folder, asked in places.items():
         try:
             free, needed = free_bytes(folder), asked()
-        except OSError as error:
-            wrong.append(f"{folder}: {error.strerror}")
+        except (OSError, DiskError) as error:
+            wrong.append(f"{folder}: {error}")
             continue
         facts[f"free bytes in {folder}"] = free
         if free < needed:

@@ -9,11 +9,11 @@ that out before it writes anything (`Claim.require`), and leaves. That works too
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_smol.errors import InUseError, UserError
+from megatron_smol.flock import locked_file
 
 LOCK = ".lock"
 WAIT_SECONDS = 120.0  # longer than Slurm needs to end what it reaches (KillWait, 30 s by default)
@@ -58,12 +59,6 @@ class RunLock:
     claim: Claim
     file: IO[str]
 
-    @classmethod
-    def open(cls, folder: Path, name: str = LOCK) -> RunLock:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        claim = Claim(folder, f"{_me()}process {os.getpid()} on {socket.gethostname()} since {since}")
-        return cls(claim, (folder / name).open("a+"))
-
     def require(self) -> None:
         """InUseError if another start of the job has taken the folder over."""
         self.claim.require()
@@ -77,13 +72,6 @@ class RunLock:
         self.file.write(self.claim.text)
         self.file.flush()
         os.fsync(self.file.fileno())
-
-    def in_place(self) -> bool:
-        """Whether the file that is locked is the one that others find."""
-        try:
-            return os.path.samestat(os.fstat(self.file.fileno()), (self.claim.folder / LOCK).stat())
-        except FileNotFoundError:
-            return False
 
 
 def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
@@ -118,27 +106,24 @@ def take_lock(folder: Path, say: Callable[[str], None]) -> RunLock:
 
 
 def _taken(folder: Path) -> RunLock | None:
-    while True:
-        lock = RunLock.open(folder)
-        try:
-            fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        if lock.in_place():
-            _require_latest(folder)
-            lock.write()
-            return lock
-        lock.close()  # put away while it was opened: the one that is there now counts
+    file = locked_file(folder / LOCK)
+    if file is None:
+        return None
+    _require_latest(folder)
+    lock = RunLock(_claim(folder), file)
+    lock.write()
+    return lock
 
 
 def _taken_over(folder: Path) -> RunLock:
-    name = f"{LOCK}-{os.getpid()}"
-    lock = RunLock.open(folder, name)
-    fcntl.flock(lock.file, fcntl.LOCK_EX)
+    """Put a lock of our own in the place of the one that is held."""
+    new = folder / f"{LOCK}-{uuid.uuid4().hex[:8]}"
+    file = locked_file(new)
+    assert file, "nobody else knows its name"
+    lock = RunLock(_claim(folder), file)
     lock.write()
     _require_latest(folder)
-    (folder / name).replace(folder / LOCK)
+    new.replace(folder / LOCK)
     return lock
 
 
@@ -153,6 +138,11 @@ def _read(folder: Path) -> str:
         return (folder / LOCK).read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
+
+
+def _claim(folder: Path) -> Claim:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return Claim(folder, f"{_me()}process {os.getpid()} on {socket.gethostname()} since {since}")
 
 
 def _me() -> str:

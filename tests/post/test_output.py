@@ -15,6 +15,7 @@ from megatron_smol.checkpoint.folder import fsync
 from megatron_smol.errors import InUseError, UserError
 from megatron_smol.post.output import Output, data_identity, model_identity
 from megatron_smol.train.lock import take_lock
+from tests.helpers import stop_after
 
 ASKED = {"command": "sft", "model": "m", "data": "d", "settings": {"lr": 1.0, "seed": 1}}
 MADE = ("config.json", "model.safetensors", "tokenizer.json")
@@ -354,21 +355,3 @@ def old_work(folder: Path, complete: bool) -> Path:
             write(folder / ".work" / "start-1" / name / "weights", "old")
     (folder / "metrics.jsonl").write_text("old")
     return folder
-
-
-def stop_after(allowed: int, patch: pytest.MonkeyPatch) -> None:
-    """So many files and folders may be removed or renamed, then comes the kill."""
-    left = allowed
-
-    def counted(real: Any) -> Any:
-        def act(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return real(*arguments, **named)
-
-        return act
-
-    for name in ("unlink", "rmdir", "replace", "rename"):
-        patch.setattr(os, name, counted(getattr(os, name)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,32 @@ def test_a_run_folder_that_is_gone_is_not_begun_again(
     assert leg.go() == 75 and not tiny.run.exists() and asked == [("scontrol", "requeue", "7")]
     tiny.run.mkdir(parents=True)
     leg.folder.require(leg._trained_before)
+
+
+def test_a_run_folder_that_goes_between_two_tries_of_one_start(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path
+) -> None:
+    """A spare takes a lost node's place, and the file system went with that node."""
+    monkeypatch.setattr(leg_module, "LOG", tmp_path / "job.log")
+    (tmp_path / "job.log").write_text("leg: preflight: training on node1\n")
+    leg = tiny_leg(tiny, restart=0)
+    leg.attempt = 1
+    with pytest.raises(DiskError, match="trained before, is not there"):
+        leg._attempt()
+    assert not tiny.run.exists()
+
+
+LOGGING = """
+from megatron_smol.slurm.leg import Leg, _leave
+Leg([], None, "7", "7", 0, ["n1"], 1, 1).say("a line")
+_leave(75)
+"""
+
+
+def test_a_log_on_a_full_disk_changes_no_exit_code() -> None:
+    with open("/dev/full", "w") as log:
+        done = subprocess.run([sys.executable, "-c", LOGGING], stdout=log, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
 
 
 def test_checkpoints_that_are_gone_are_not_trained_again(tiny: TinyRun, quick: None) -> None:

@@ -111,3 +111,15 @@ def test_room_for_the_next_checkpoint(tiny: TinyRun) -> None:
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(bytes(one // 2))
     assert room_needed(recipe) == one - one // 2
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted(tiny: TinyRun) -> None:
+    tiny.run.mkdir(parents=True)
+    (tiny.run / "checkpoints").symlink_to(tiny.folder / "not mounted")
+    [told] = look(load_recipe(tiny.recipe))["wrong"]
+    assert "link to nowhere" in told
+
+
+def test_a_run_folder_is_not_made_where_it_is_missing(tiny: TinyRun) -> None:
+    """On a node where its disk is not mounted it would hide that."""
+    assert look(load_recipe(tiny.recipe))["wrong"] == [] and not tiny.run.exists()
