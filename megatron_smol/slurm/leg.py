@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import EXIT_RESTART_ME, DiskError, UserError, is_away
@@ -379,15 +379,6 @@ def main() -> None:
             facts = {"job": job, "event": Action.STOP, "reason": str(error)}
             alert.send(command, f"job {job}: {Action.STOP}: {error}", facts)
         code = error.exit_code
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """Exit with this code, also when the log is on a full disk: what Python could not write would make it 120."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os._exit(code)
     sys.exit(code)
 
 

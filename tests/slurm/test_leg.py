@@ -165,14 +165,15 @@ def test_a_run_folder_that_goes_between_two_tries_of_one_start(
 
 
 LOGGING = """
-from megatron_smol.slurm.leg import Leg, _leave
+import sys
+from megatron_smol.slurm.leg import Leg
 Leg([], None, "7", "7", 0, ["n1"], 1, 1).say("a line")
-_leave(75)
+sys.exit(75)
 """
 
 
 def test_a_log_on_a_full_disk_changes_no_exit_code() -> None:
-    with open("/dev/full", "w") as log:
+    with Path("/dev/full").open("w") as log:
         done = subprocess.run([sys.executable, "-c", LOGGING], stdout=log, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (75, "")
 
