@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from tests.slurm.configuration import CLIENT, CONF, NODE, NODE_INIT
@@ -230,7 +231,14 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def crash_controller(self) -> None:
+    def crash_controller(self, job_id: int) -> None:
+        """Once it has written down that the job runs, which takes it up to five seconds; else it would forget the job, or start
+        it twice."""
+        started = datetime.fromisoformat(self.job(job_id)["StartTime"]).timestamp()
+        until = time.monotonic() + 60
+        while (self.folder / "state" / "job_state").stat().st_mtime < started + 1:
+            assert time.monotonic() < until, "slurmctld has saved nothing for a minute"
+            time.sleep(0.1)
         self._end("slurmctld")
 
     def start_controller(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import LONG, User, assert_nothing_lost
+from tests.slurm.conftest import LONG, MINUTE, User, assert_nothing_lost
 from tests.slurm.strikes import Strike, finish, struck, to_nodes, until_saving
 from tests.slurm.table import FaultTable, Trial, trials
 from tests.tiny import TinyRun, smol
@@ -288,14 +288,14 @@ def test_preemption(user: User, whole: TinyRun, table: FaultTable) -> None:
     )
 
 
-def test_controller_crash(user: User, whole: TinyRun, table: FaultTable) -> None:
-    job = user.submit(overrides=LONG)
+def test_controller_crash(user: User, whole_of_a_minute: TinyRun, table: FaultTable) -> None:
+    job = user.submit(overrides=MINUTE)
     user.until_line(10)
-    user.cluster.crash_controller()
+    user.cluster.crash_controller(job)
     time.sleep(2)
     user.cluster.start_controller()
     time.sleep(2)
-    finish(user, job, whole)
+    finish(user, job, whole_of_a_minute)
     assert len(user.legs()) == 1, "the job did not notice"
     table.add(
         "`slurmctld` killed and started again",
@@ -305,17 +305,19 @@ def test_controller_crash(user: User, whole: TinyRun, table: FaultTable) -> None
     )
 
 
-def test_the_controller_is_away_when_a_leg_ends(user: User, whole: TinyRun, table: FaultTable) -> None:
-    job = user.submit(overrides=LONG)
+def test_the_controller_is_away_when_a_leg_ends(
+    user: User, whole_of_a_minute: TinyRun, table: FaultTable
+) -> None:
+    job = user.submit(overrides=MINUTE)
     user.until_line(30)
     ranks = user.ranks(job)
-    user.cluster.crash_controller()
+    user.cluster.crash_controller(job)
     for rank in ranks:
         os.kill(rank, signal.SIGUSR1)
     user.until(lambda: "training asked for a restart" in str(user.legs()), "end of the leg")
     time.sleep(8)
     user.cluster.start_controller()
-    finish(user, job, whole)
+    finish(user, job, whole_of_a_minute)
     assert len(user.legs()) == 2, "asked for again until it answered"
     table.add(
         "`slurmctld` away for ten seconds when a leg ends",
