@@ -60,12 +60,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def table(cluster: Cluster) -> Iterator[FaultTable]:
+def table(cluster: Cluster) -> FaultTable:
     """Collects what followed each fault; written where FAULT_TABLE says."""
-    faults = FaultTable()
-    yield faults
-    if path := os.environ.get("FAULT_TABLE"):
-        faults.write(Path(path), cluster.run("sinfo", "--version").removeprefix("slurm-wlm "), EVERY)
+    path = os.environ.get("FAULT_TABLE")
+    version = cluster.run("sinfo", "--version").removeprefix("slurm-wlm ")
+    return FaultTable(version, EVERY, Path(path) if path else None)
 
 
 @dataclass

@@ -42,15 +42,20 @@ class Trial:
 
 @dataclass
 class FaultTable:
-    """Rows by the name of the fault, in the order they came."""
+    """Rows by the name of the fault, in the order they came; with a path, written after each, for what is ended early."""
 
+    slurm: str  # version
+    every: int  # steps from one checkpoint to the next
+    path: Path | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, fault: str, told: str, end: str, made: list[Trial]) -> None:
         row = self.found.setdefault(fault, {"told": told, "end": end, "trials": []})
         row["trials"] += made
+        if self.path:
+            self._write(self.path)
 
-    def write(self, path: Path, slurm: str, every: int) -> None:
+    def _write(self, path: Path) -> None:
         """Rows of an earlier run that this one did not make stay."""
         kept = path.with_suffix(".json")
         before = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -62,7 +67,9 @@ class FaultTable:
         kept.write_text(json.dumps(everything, indent=1) + "\n")
         lines = [_line(fault, row) for fault, row in everything.items()]
         cores = f"{len(os.sched_getaffinity(0))} {platform.machine()}"
-        path.write_text(HEAD.format(slurm=slurm, cores=cores, every=every) + "\n".join(lines) + "\n")
+        path.write_text(
+            HEAD.format(slurm=self.slurm, cores=cores, every=self.every) + "\n".join(lines) + "\n"
+        )
 
 
 def _line(fault: str, row: dict[str, Any]) -> str:
