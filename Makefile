@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The tested CPU build. It comes first and alone, so that nothing else pulls in gigabytes of CUDA.
+# The tested build, for CPUs; PyPI's own for Linux pulls in gigabytes of CUDA. It comes first and alone, so that nothing else asks for
+# that one: from where pip looks anyway (a mirror), or else from PyTorch's index. A torch that .venv has already is left alone.
 TORCH := torch==2.13.0
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: install demo demo-real test bench curation laws parity faults punisher check docs clean help
 
@@ -19,9 +22,10 @@ $(INSTALLED): pyproject.toml setup.py tools/constraints.txt $(wildcard csrc/*)
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned libraries into $(VENV) (about 1 minute the first time)"
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt setuptools wheel pybind11
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt --no-build-isolation -e '.[dev,curate,demo,text,hub,post,eval]'
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH) --index-url $(TORCH_INDEX) || \
+	  { echo "no CPU build of $(TORCH) was found; installing PyPI's, which may bring CUDA with it" >&2; $(PIP) $(TORCH); }
+	@$(PIP) -c tools/constraints.txt setuptools wheel pybind11
+	@$(PIP) -c tools/constraints.txt --no-build-isolation -e '.[dev,curate,demo,text,hub,post,eval]'
 	@touch $@
 
 demo: install  ## the whole recipe in miniature: text in, an evaluated chat model out (about 8 minutes on 2 cores)
@@ -34,7 +38,7 @@ demo-real: install  ## the real SmolLM2-135M: import, ten steps, export, SFT, ch
 test: install  ## all tests (about 15 minutes on 2 cores; TESTS=tests/data for a part)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-bench: install  ## measured ratios against peers, kept in bench/results/ (about 5 minutes)
+bench: install  ## measured ratios against peers, kept in bench/results/ (about 15 minutes)
 	$(BIN)/python -m bench
 
 curation: install  ## all curation pipelines on real text from Debian's packages (one to two hours; ARGS="--share 0.02" to try)

@@ -31,7 +31,7 @@ def main() -> int:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="name", help="which to run (default: all, about 5 minutes)"
+        "names", nargs="*", metavar="name", help="which to run (default: all, about 15 minutes)"
     )
     names = parser.parse_args().names or list(BENCHES)
     if unknown := [name for name in names if name not in BENCHES]:

@@ -28,6 +28,7 @@ from bench.shape import build, describe
 from megatron_smol.checkpoint import durable, folder, store
 from megatron_smol.checkpoint.staging import Staging
 from megatron_smol.data.loader import MicroBatch
+from megatron_smol.recipe.estimate import checkpoint_bytes
 from megatron_smol.train.step import Engine
 
 TURNS = 4
@@ -39,13 +40,13 @@ STALL_GOAL = 0.10  # of the time of a save that training waits for
 def measure() -> Outcome:
     recipe, engine = build()
     _steps(engine)()  # so that the moments are not zeros, which some file systems store for free
-    parameters = recipe.model.parameters()
+    parameters, size_bytes = recipe.model.parameters(), checkpoint_bytes(recipe.model, "fp32")
     with tempfile.TemporaryDirectory() as where:
         ours, peer = Path(where) / "ours-00000001", Path(where) / "peer.pt"
         same = _tensors(engine)
         say(f"{TURNS} turns of save and load, {sum(t.nbytes for t in same.values()) / 1e6:.0f} MB")
         save = take_turns(
-            lambda: timed(lambda: store.save(engine, ours, _STATE, parameters)),
+            lambda: timed(lambda: store.save(engine, ours, _STATE, size_bytes)),
             lambda: timed(lambda: _torch_save(same, peer)),
             TURNS,
             "wall",
@@ -65,13 +66,13 @@ def measure() -> Outcome:
         )
         say(f"{HASH_TURNS} turns of save with and without hashes")
         hashes = take_turns(
-            lambda: timed(lambda: store.save(engine, ours, _STATE, parameters)),
-            lambda: _without_hashes(lambda: store.save(engine, ours, _STATE, parameters)),
+            lambda: timed(lambda: store.save(engine, ours, _STATE, size_bytes)),
+            lambda: _without_hashes(lambda: store.save(engine, ours, _STATE, size_bytes)),
             HASH_TURNS,
             "wall",
         )
-        store.save(engine, ours, _STATE, parameters)
-        beside = _beside_training(engine, Path(where), parameters)
+        store.save(engine, ours, _STATE, size_bytes)
+        beside = _beside_training(engine, Path(where), size_bytes)
         size = {"ours": sum(f.stat().st_size for f in ours.iterdir()), "peer": peer.stat().st_size}
     seconds = {what: _medians(turns) for what, turns in (("save", save), ("load", load), ("hashes", hashes))}
     return Outcome(
@@ -99,24 +100,24 @@ def measure() -> Outcome:
     )
 
 
-def _beside_training(engine: Engine, where: Path, parameters: int) -> dict[str, Any]:
+def _beside_training(engine: Engine, where: Path, size_bytes: int) -> dict[str, Any]:
     """Saves that training waits for and saves beside it, in turns, in this run; seconds on the wall."""
     staging, step = Staging(), _steps(engine)
     found: dict[str, list[float]] = {
         name: [] for name in ("waited", "stall", "longest_call", "slowdown", "until_durable")
     }
-    first = store.begin_save(engine, where / "first-00000000", _STATE, parameters, staging)
+    first = store.begin_save(engine, where / "first-00000000", _STATE, size_bytes, staging)
     first_stall = first.stall_seconds  # takes the buffers from the system, once a run
     first.finish()
     undisturbed = [step() for _ in range(12)][2:]
     for turn in range(STALL_TURNS):
         whole = timed(
-            lambda: store.begin_save(engine, where / "waited-00000001", _STATE, parameters, staging).finish()
+            lambda: store.begin_save(engine, where / "waited-00000001", _STATE, size_bytes, staging).finish()
         )
         found["waited"].append(whole.wall)
         undisturbed.append(step())
         calls, steps, begin = [], [], time.perf_counter()
-        under_way = store.begin_save(engine, where / f"beside-{turn:08d}", _STATE, parameters, staging)
+        under_way = store.begin_save(engine, where / f"beside-{turn:08d}", _STATE, size_bytes, staging)
         calls.append(time.perf_counter() - begin)
         published = False
         while not published:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Evaluation beside training, as SmolLM2 did it: one Slurm job of one GPU for each checkpoint.
 #
-#   bash examples/eval.sh runs/smollm2_1.7b                       a job for the end of every stage so far, sft and dpo
-#   bash examples/eval.sh runs/smollm2_1.7b/checkpoints/stable-1-00100000 ...      jobs for these
+#   bash examples/eval.sh runs/smollm2-1.7b                       a job for the end of every stage so far, sft and dpo
+#   bash examples/eval.sh runs/smollm2-1.7b/checkpoints/stable-1-00100000 ...      jobs for these
 #
 # Run it as often as you like: a job whose results are in RUN/evals.jsonl ends at once, and one that was killed goes on
 # with the next task. Sites differ in partitions: SBATCH_PARTITION=gpu bash examples/eval.sh ...
@@ -32,6 +32,7 @@ fi
 [ $# -gt 0 ] || { echo "usage: bash examples/eval.sh RUN | CHECKPOINT..." >&2; exit 2; }
 mkdir -p runs
 for model in "$@"; do
+  [ -d "$model" ] || { echo "error: there is no folder '$model'; give a run, or checkpoints of one" >&2; exit 2; }
   checkpoints=$model
   if [ -d "$model/checkpoints" ]; then checkpoints=$("$VENV/bin/smol" eval "$model" --stages --list); fi
   while IFS= read -r checkpoint; do

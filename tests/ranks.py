@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed import checkpoint as dcp
 
 from megatron_smol.checkpoint import folder, saving, store
+from megatron_smol.checkpoint.own_part import reading_own_part
 from megatron_smol.data.batch import Documents, MicroBatch
 from megatron_smol.model.llama import named_global_parameters
 from megatron_smol.recipe.load import parse_recipe
@@ -136,7 +138,7 @@ def load_and_go_on(
 
 def save(running: Engine, path: str) -> None:
     state = {"stage": "one", "stage_index": 0, "step": 3}
-    store.save(running, Path(path), state, parameters=10_000)
+    store.save(running, Path(path), state, size_bytes=160_000)
 
 
 def stored_tensors(path: Path) -> dict[str, str]:
@@ -161,7 +163,7 @@ def save_fails(path: str) -> tuple[str, list[str]]:
     if torch.distributed.get_rank() == 0:
         saving._Writer.write = _no_space  # type: ignore[method-assign]
     try:
-        store.save(running, Path(path), {"stage": "one", "stage_index": 0, "step": 3}, parameters=10_000)
+        store.save(running, Path(path), {"stage": "one", "stage_index": 0, "step": 3}, size_bytes=160_000)
     except CheckpointError as error:
         torch.distributed.barrier()  # rank 0 clears up
         return str(error), sorted(p.name for p in Path(path).parent.iterdir())
@@ -170,3 +172,17 @@ def save_fails(path: str) -> tuple[str, list[str]]:
 
 def _no_space(self: Any) -> Any:
     raise OSError(28, "No space left on device")
+
+
+def what_is_read(layout: Layout) -> tuple[int, int, int]:
+    """Bytes of optimizer states that this rank reads of a checkpoint, that all read, and that there are."""
+    running = engine(layout)
+    described = [store._sharded_state(running, is_loading=True)]
+    with reading_own_part(running.optimizer):
+        described.append(store._sharded_state(running, is_loading=True))
+    whole, mine = (
+        sum(one.data.nbytes for one in nested_values(state["optimizer"]["param_state"])) for state in described
+    )
+    everyones = [0] * layout.ranks
+    torch.distributed.all_gather_object(everyones, mine)
+    return mine, sum(everyones), whole

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_smol.data.place import Place, Share
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DiskError, UserError
 from megatron_smol.flock import is_at, locked_file
+from megatron_smol.train.lock import take_lock
 
 
 def test_one_holder_or_several_that_share(tmp_path: Path) -> None:
@@ -48,7 +49,10 @@ def test_a_file_that_went_while_it_was_opened_is_no_lock(
     found.close()
 
 
-@pytest.mark.parametrize(("number", "told"), [(errno.ENOLCK, UserError), (errno.EIO, OSError)])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(errno.ENOSYS, UserError), (errno.ENOLCK, DiskError), (errno.EIO, OSError)],
+)
 def test_a_file_system_without_locks_is_told_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: type[Exception]
 ) -> None:
@@ -56,6 +60,9 @@ def test_a_file_system_without_locks_is_told_and_nothing_else_is(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    said = "has no file locks" if told is UserError else "Input/output"
-    with pytest.raises(told, match=said), Place(tmp_path / "out", None).claimed(Share()):
+    said = "Input/output" if told is OSError else "has no file locks"
+    with pytest.raises(told, match=said) as found, Place(tmp_path / "out", None).claimed(Share()):
         pass
+    assert type(found.value) is told
+    with pytest.raises(told, match=said):
+        take_lock(tmp_path, print)

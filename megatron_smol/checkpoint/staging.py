@@ -18,9 +18,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_smol.checkpoint.own_part import STATES
 from megatron_smol.model.backend import backend
-
-_STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 class Staging:
@@ -70,11 +69,11 @@ class OptimizerShards:
         for number, ranges in enumerate(optimizer.gbuf_ranges):
             ((dtype, buckets),) = ranges.items()
             buffer = optimizer.buffers[number]
-            whole = {key: self._whole(staging, (name, number, key), buffer.numel) for key in _STATES}
+            whole = {key: self._whole(staging, (name, number, key), buffer.numel) for key in STATES}
             for bucket, bucket_ranges in zip(buffer.buckets, buckets, strict=True):
                 shard = bucket.grad_data.numel() // self._size
                 mine = {}
-                for key in _STATES:
+                for key in STATES:
                     places = list(whole[key][bucket.offset :][: shard * self._size].split(shard))
                     mine[key] = (
                         places[0]
@@ -85,7 +84,7 @@ class OptimizerShards:
                 for parameter, at in bucket_ranges["param_map"].items():
                     states = optimizer._get_main_param_and_optimizer_states(parameter)
                     local = slice(at["gbuf_local"].start, at["gbuf_local"].end)
-                    for key in _STATES:
+                    for key in STATES:
                         mine[key][local].copy_(states[key].detach().flatten(), non_blocking=True)
             self._state[number] = {dtype: whole}
             for parameter, (start, end, _) in buffer.param_index_map.items():

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smol.checkpoint.agree import together
 from megatron_smol.checkpoint.folder import Checkpoint
+from megatron_smol.checkpoint.own_part import reading_own_part
 from megatron_smol.checkpoint.safe import check_metadata
 from megatron_smol.checkpoint.saving import METADATA, Saving, reason_of
 from megatron_smol.checkpoint.staging import Staging, copy_described, shards_of
@@ -28,31 +29,25 @@ from megatron_smol.train.optim import load_optimizer_state
 from megatron_smol.train.step import Engine
 
 
-def bytes_needed(parameters: int) -> int:
-    """Size of a checkpoint: weights as they train, fp32 master copy, two fp32 moments (bounded by 16 B each)."""
-    return 16 * parameters
-
-
 def begin_save(
     engine: Engine,
     final: Path,
     state: dict[str, Any],
-    parameters: int,
+    size_bytes: int,
     staging: Staging,
     on_published: Callable[[], None] = lambda: None,
 ) -> Saving:
     """Copy this moment and start to write it as `final`; training may go on at once (see checkpoint/saving.py).
 
-    One save at a time: the copies lie in `staging`, which the next one uses again. Raises CheckpointError on all
+    size_bytes: what it needs at most (recipe/estimate.py). One save at a time: the copies lie in `staging`, which the next one uses again. Raises CheckpointError on all
     ranks alike (disk full, permissions, ...); then `final` is as it was before.
     """
-    size_bytes = bytes_needed(parameters)
     return Saving(lambda: _copied_state(engine, staging), final, state, size_bytes, on_published)
 
 
-def save(engine: Engine, final: Path, state: dict[str, Any], parameters: int) -> None:
+def save(engine: Engine, final: Path, state: dict[str, Any], size_bytes: int) -> None:
     """The same, returning when it is published."""
-    begin_save(engine, final, state, parameters, Staging()).finish()
+    begin_save(engine, final, state, size_bytes, Staging()).finish()
 
 
 def save_model(gpt: GPTModel, final: Path, state: dict[str, Any]) -> None:
@@ -88,7 +83,8 @@ def load(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> N
     """Fill the engine from a checkpoint written at any layout; nothing is changed if it does not fit."""
     if optimizer:
         _require_form(checkpoint, engine.recipe.parallel.distributed_optimizer)
-    loaded = _load(lambda: _sharded_state(engine, True, optimizer), checkpoint.path)
+    with reading_own_part(engine.optimizer):
+        loaded = _load(lambda: _sharded_state(engine, True, optimizer), checkpoint.path)
     for gpt, weights in zip(engine.gpts, loaded["model"], strict=True):
         _fill(gpt, weights)
     if optimizer:
@@ -130,7 +126,7 @@ def _load(describe: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
     try:
         described = describe()
         _leave_out_absent_histories(described["model"], path)
-        loaded = dist_checkpointing.load(described, str(path))
+        loaded = dist_checkpointing.load(described, str(path), validate_access_integrity=False)
     except (Exception, CheckpointException) as exception:
         error = exception
     with together(f"loading {path}"):

@@ -7,7 +7,6 @@ others they do not meet. One process works alone; the tasks of an array job shar
 
 from __future__ import annotations
 
-import errno
 import glob
 import shutil
 import time
@@ -24,7 +23,6 @@ from megatron_smol.errors import UserError
 from megatron_smol.flock import flock, is_at, locked_file
 
 _LOCK, _ASSEMBLY_LOCK = "lock", "assembly.lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LEAVING_SECONDS = 0.05  # between two looks whether a task that leaves has gone
 PLAN = "plan.json"
 
@@ -111,7 +109,7 @@ class Place:
             stream = stack.enter_context(self._locked(shared=not share.is_all))
             if not share.is_all:
                 own = self.work / f"task-{share.rank}-of-{share.tasks}.lock"
-                if not _lock(stack.enter_context(own.open("a+"))):
+                if not flock(stack.enter_context(own.open("a+"))):
                     raise UserError(
                         f"task {share.rank} of {share.tasks} is running already, on {self.path}; wait for "
                         f"it, or stop it"
@@ -119,14 +117,14 @@ class Place:
             try:
                 yield
             finally:
-                if (self.manifest.exists() or not self.is_begun) and _lock(stream):
+                if (self.manifest.exists() or not self.is_begun) and flock(stream):
                     self._remove_work(stream)
 
     @contextmanager
     def assembling(self, work: Path) -> Iterator[bool]:
         """Whether this process may put the shards together: one task at a time."""
         with (work / _ASSEMBLY_LOCK).open("a+") as stream:
-            yield _lock(stream)
+            yield flock(stream)
 
     @contextmanager
     def _locked(self, shared: bool) -> Iterator[IO[str]]:
@@ -134,8 +132,7 @@ class Place:
             with suppress(FileExistsError):
                 self.work.mkdir(parents=True)
             try:
-                with _explained(self.work):
-                    stream = locked_file(self.work / _LOCK, shared=shared)
+                stream = locked_file(self.work / _LOCK, shared=shared)
             except FileNotFoundError:
                 if self.work.is_symlink():  # to nowhere
                     raise
@@ -160,21 +157,3 @@ class Place:
                     entry.unlink()
             (self.work / _LOCK).unlink()
             self.work.rmdir()  # unless another has come since, whose lock is in it
-
-
-def _lock(stream: IO[str]) -> bool:
-    with _explained(Path(stream.name)):
-        return flock(stream)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        raise UserError(
-            f"the file system of {path} has no file locks ({error.strerror}), which keep two commands "
-            f"from writing over each other: mount it with them (Lustre: -o flock), or choose another output"
-        ) from error

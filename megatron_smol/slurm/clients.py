@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import time
 
 from megatron_smol.errors import UserError
 
+# What Slurm's commands say while its controller is away, starts, or hands over to another host.
 _AWAY = re.compile(
-    "unable to contact|timed out|connection refused|connect failure|no answer in", re.IGNORECASE
+    "unable to contact|timed out|connection|connect failure|no answer in|zero bytes|standby|socket|try again|unavailable"
+    "|communication",
+    re.IGNORECASE,
 )
 PATIENCE_SECONDS = 600.0  # a controller that is updated or changes hosts
 _POLL_SECONDS = 5.0
@@ -47,14 +51,24 @@ def host_names(node_list: str) -> list[str]:
 
 
 def answering(nodes: list[str]) -> list[str]:
-    """Those that Slurm does not call down, drained or silent (a `*` behind the state), in the given order."""
-    rows = (
-        line.split()
-        for line in ask_patiently("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T").splitlines()
-    )
-    state = dict(rows)
+    """Those that Slurm does not call down, drained or silent (a `*` behind the state), in the given order.
+
+    -a: also of hidden partitions. Where users may not look at nodes (PrivateData) it lists none: then they are taken to answer.
+    """
+    listed = ask_patiently("sinfo", "-a", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    state = dict(line.split() for line in listed.splitlines())
     lost = ("down", "drain", "fail", "*", "reboot")
-    return [node for node in nodes if not any(word in state.get(node, "down") for word in lost)]
+    return [node for node in nodes if not any(word in state.get(node, "") for word in lost)]
+
+
+def seconds_left(job_id: str) -> float:
+    """Until the time limit of a job that runs; infinity where it has none."""
+    text = ask_patiently("squeue", "-h", "-j", job_id, "-o", "%L")
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not found:  # UNLIMITED, NOT_SET
+        return math.inf
+    days, hours, minutes, seconds = (int(number or 0) for number in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def most_automatic_requeues() -> int:

@@ -51,8 +51,11 @@ PREFLIGHT_SECONDS = 180
 STARTED_AGAIN = "started again elsewhere"
 TRAINING = "preflight: training on"
 LOG = Path("/proc/self/fd/1")  # where sbatch sends standard output
-# What Slurm calls a job between scancel and its end. A preempted or timed-out one has other names.
+# What Slurm calls a job between scancel and its end. At its time limit it is COMPLETING too, and the reason tells them apart.
 CANCELLED = ("CANCELLED", "COMPLETING", "COMPLETED")
+TIMED_OUT, NOT_KNOWN = "TIMEOUT", "UNKNOWN"
+# With less than this left of the job's time, a spare is of no use: ranks that left before the limit were asked to.
+LEAST_SECONDS_IN_PLACE = 900.0
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Leg:
             restart=int(slurm.get("SLURM_RESTART_COUNT", "0")),
             nodes=nodes,
             needed=len(nodes) - spares,
-            tasks_per_node=max(int(slurm.get("SLURM_NTASKS", len(nodes))) // len(nodes), 1),
+            tasks_per_node=_tasks_per_node(len(nodes)),
             signalled=signalled,
         )
 
@@ -129,8 +132,7 @@ class Leg:
             decision = decide_without_folder(
                 str(error), self._starts_out_of_reach(), self._allowed_futile_legs
             )
-            self._alert(decision.action, decision.reason, "not known")
-            return self._end(decision, legs.Position(None, False))
+            return self._end(decision, None)
 
     def _go(self) -> int:
         self.folder.require(self._trained_before)
@@ -142,13 +144,19 @@ class Leg:
         if stands.finished:
             return self._end(decide(Evidence(0, finished=True)), stands)
         rows = self.folder.rows(self.run / legs.LEGS)
+        if stop := legs.stopped_chain(rows, self.chain, self.job):
+            self.say(
+                f"the array's job {stop['job']} ended it: {stop['reason']} (exit code {stop['exit_code']})"
+            )
+            return int(stop["exit_code"])
         if [row.get("event") for row in rows[-1:]] == ["start"]:
             self._after_a_loss(rows, stands)
         while True:
             decision = self._attempt()
-            self._alert(decision.action, decision.reason, self.folder.position().name)
+            stands = self.folder.position()
             if decision.action is not Action.RESTART or not self._again_in_place():
-                return self._end(decision, self.folder.position())
+                return self._end(decision, stands)
+            self._alert(decision.action, decision.reason, stands.name)
             self.attempt += 1
 
     # --- a start ----------------------------------------------------------------------------------------------
@@ -198,6 +206,7 @@ class Leg:
             {
                 "event": "end", **row, "progress": after.progress, "nodes": nodes, "code": code,
                 "seconds": round(time.time() - started, 1), "action": decision.action, "reason": decision.reason,
+                "exit_code": decision.exit_code,
             },
         )  # fmt: skip
         return decision
@@ -238,9 +247,12 @@ class Leg:
         try:
             job = clients.job(self.job, patient=True)
         except UserError:
-            return "UNKNOWN"
+            return NOT_KNOWN
         # Slurm lost sight of this node (its slurmd died, say) and started the job on others: that is not this leg's to end.
-        return job["JobState"] if int(job.get("Restarts", self.restart)) == self.restart else STARTED_AGAIN
+        if int(job.get("Restarts", self.restart)) != self.restart:
+            return STARTED_AGAIN
+        state = job["JobState"]
+        return TIMED_OUT if state in CANCELLED and job.get("Reason") == "TimeLimit" else state
 
     def _fit_nodes(self) -> list[str]:
         """As many fit nodes as are needed, or none; who is not fit, and why, is said."""
@@ -314,29 +326,48 @@ class Leg:
         return kept
 
     def _again_in_place(self) -> bool:
-        """Whether to try again inside this allocation: there is a spare, and no signal asked the job to leave."""
-        return self.has_spares and not self.signalled and self._state() == "RUNNING"
+        """Whether to try again inside this allocation: there is a spare, no signal asked the job to leave, and there is time.
+        (The signal before the time limit reaches the ranks alone.)"""
+        if not self.has_spares or self.signalled or self._state() != "RUNNING":
+            return False
+        try:
+            return clients.seconds_left(self.job) > LEAST_SECONDS_IN_PLACE
+        except UserError:
+            return False
 
-    def _end(self, decision: Decision, stands: legs.Position) -> int:
+    def _end(self, decision: Decision, stands: legs.Position | None) -> int:
+        """stands: where the run does, None where its folder could not be asked."""
+        name = stands.name if stands else "not known"
         if decision.action is Action.DONE:
-            mark: dict[str, Any] = {"job": self.job, "restart": self.restart, "checkpoint": stands.name}
+            mark: dict[str, Any] = {"job": self.job, "restart": self.restart, "checkpoint": name}
             try:
                 (self.run / "slurm").mkdir(exist_ok=True)
                 write_whole(self.run / "slurm" / f"{self.job}.done", json.dumps(mark) + "\n")
             except (DiskError, OSError) as error:  # done is what the checkpoints say
                 self.say(f"the mark that says so could not be written: {error}")
         self.say(f"{decision.action}: {decision.reason} (exit code {decision.exit_code})")
-        if decision.action is Action.RESTART:
+        # Slurm leaves a job KillWait seconds after SIGTERM: the requeue first, an alert may take as long.
+        in_a_hurry = signal.SIGTERM in self.signalled and decision.action is Action.RESTART
+        if in_a_hurry:
+            self._requeue()
+        self._alert(decision.action, decision.reason, name)
+        if decision.action is Action.RESTART and not in_a_hurry:
             self._requeue()
         return decision.exit_code
 
     def _requeue(self) -> None:
         """Put the job back into the queue under its own number, unless another one follows by itself."""
         if "SLURM_ARRAY_TASK_ID" in os.environ:
-            self.say("the next element of the array goes on")
+            is_last = os.environ["SLURM_ARRAY_TASK_ID"] == os.environ.get("SLURM_ARRAY_TASK_MAX")
+            goes_on = (
+                "this was the array's last; submit another to go on" if is_last else "the next one goes on"
+            )
+            self.say(f"element {os.environ['SLURM_ARRAY_TASK_ID']} of an array is not requeued: {goes_on}")
             return
         state = self._state()
-        if state not in ("RUNNING", "TIMEOUT"):  # preempted: Slurm requeues it; cancelled: nobody shall
+        # Preempted: Slurm requeues it. Cancelled: nobody shall; so not either where it may have been and Slurm does not say.
+        mine = ("RUNNING", TIMED_OUT, *([] if signal.SIGTERM in self.signalled else [NOT_KNOWN]))
+        if state not in mine:
             self.say(f"not requeued from here: Slurm calls the job {state}")
             return
         try:
@@ -344,6 +375,13 @@ class Leg:
             self.say("requeued; the same job goes on in the same log")
         except UserError as error:
             self.say(f"{error}; submit the job again to go on")
+
+
+def _tasks_per_node(nodes: int) -> int:
+    """Ranks of a node. (sbatch says how many there are in all only where it was given a number of nodes, not a range.)"""
+    if tasks := os.environ.get("SLURM_NTASKS"):
+        return max(int(tasks) // nodes, 1)
+    return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
 
 
 def _held() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_smol.checkpoint.folder import Checkpoint, list_checkpoints
 from megatron_smol.recipe.plan import Plan
+from megatron_smol.slurm.decide import EXIT_STOPPED
 
 LEGS = "legs.jsonl"
 TAIL_BYTES = 1 << 18
@@ -87,6 +88,20 @@ def lost_legs(rows: list[dict[str, Any]], job: str) -> int:
     """Starts of this job that left no end: their node was lost, and Slurm requeued the job."""
     events = [row["event"] for row in rows if row.get("job") == job and row.get("event") in ("start", "end")]
     return sum(pair == ("start", "start") for pair in itertools.pairwise(events))
+
+
+def stopped_chain(rows: list[dict[str, Any]], chain: str, job: str) -> dict[str, Any] | None:
+    """The end row of an array's earlier element after which a later one would find the same: no progress, the numbers, the
+    data, the recipe. Not after a person's stop (71), which `touch RUN/stop` keeps up by itself."""
+    ends = [
+        row for row in rows if row.get("event") == "end" and row.get("chain") == chain and row["job"] != job
+    ]
+    last = ends[-1] if ends else None
+    return (
+        last
+        if last and last["action"] == "stop" and last.get("exit_code", EXIT_STOPPED) != EXIT_STOPPED
+        else None
+    )
 
 
 def futile_legs(

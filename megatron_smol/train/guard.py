@@ -21,6 +21,7 @@ from megatron_smol.recipe.schema import Guard as Settings
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.train.hooks import Hook, RollBack, StepDone
 from megatron_smol.train.incidents import bad_gradients, documents_of, drop_undone, write_incident
+from megatron_smol.train.pulse import SAVING
 from megatron_smol.train.spikes import Window
 from megatron_smol.train.step import StepResult
 
@@ -200,6 +201,7 @@ class Guard(Hook):
 
     def _stop(self, trainer: Trainer, stage: StagePlan, finding: Finding, why: str, more: Any) -> None:
         """The last checkpoint is intact: nothing of this step was applied."""
+        trainer.pulse.mark(SAVING)
         trainer.finish_saving()
         self._record(trainer, stage, finding, "stop", why, more)
         error = RunError(

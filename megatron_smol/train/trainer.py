@@ -23,6 +23,7 @@ from megatron_smol.data.loader import GlobalBatch, Share, StageLoader
 from megatron_smol.data.source import TokenSource
 from megatron_smol.errors import CheckpointError
 from megatron_smol.model.backend import backend
+from megatron_smol.recipe.estimate import checkpoint_bytes
 from megatron_smol.recipe.plan import Plan, StagePlan
 from megatron_smol.train.hooks import Hook, RollBack, StepDone
 from megatron_smol.train.pulse import (
@@ -160,7 +161,8 @@ class Trainer:
         self.pulse.mark(REPORTING)
         self.state.step += 1
         self.state.ledger.add(stage.name, stage.seq_length, batch.rows, result.applied)
-        seconds, own = time.perf_counter() - started, waited + result.own_seconds
+        # Waiting for the batch is part of the step: tokens/s and MFU fall where storage is slow.
+        seconds, own = waited + time.perf_counter() - started, waited + result.own_seconds
         done = StepDone(stage, self.state.step, lr, result, batch.rows, seconds, own)
         for hook in self.hooks:
             hook.on_step(self, done)
@@ -224,9 +226,9 @@ class Trainer:
         names = ("tp", "pp", "vpp", "cp", "distributed_optimizer")
         layout = {name: getattr(recipe.parallel, name) for name in names} | {"dp": self.share.size}
         state = self.state.to_json(self.plan, layout, self.data, self._tokenizer_sha256)
-        parameters = recipe.model.parameters()
+        size_bytes = checkpoint_bytes(recipe.model, self.engine.precision)
         self._saving = store.begin_save(
-            self.engine, path, state, parameters, self._staging, self._remove_old_checkpoints
+            self.engine, path, state, size_bytes, self._staging, self._remove_old_checkpoints
         )
         if recipe.save.asynchronous:
             self.say(f"checkpoint of step {self.state.step} copied in {self._saving.stall_seconds:.2f} s")

@@ -44,11 +44,10 @@ from megatron_smol.train.pulse import PAUSES, Pulse
 LEAST_TIMEOUT_SECONDS, MEDIANS = 120.0, 10
 # Steps of a stage that may be slow (compilation, cold caches), and over which the median is taken.
 FIRST_STEPS, STEPS = 5, 64
-FRAMES_SHOWN = 6
 # This thread sleeps for an interval; where that took so much longer, the process was stopped.
 FROZEN_SECONDS = 5.0
-# The C timer comes after this thread's own verdict.
-LAST_RESORT_SECONDS = 30.0
+# The C timer comes after this thread's own verdict, which takes as long as the file system needs to show all ranks' words.
+LAST_RESORT_SECONDS, VERDICT_SECONDS = 30.0, 300.0
 _COLLECTIVES = ("/torch/distributed/", "/megatron/core/distributed/", "/p2p_communication.py")
 _HERE = "/megatron_smol/"
 
@@ -144,6 +143,7 @@ class Watchdog(Hook):
 
     def _alarm(self) -> None:
         self._leave_if_shut_out()
+        faulthandler.dump_traceback_later(VERDICT_SECONDS, exit=True, file=self._stacks)
         pulse = (self._pulse.phase, self._pulse.since)
         self._write_stacks(f"{self._pulse.phase} for {time.monotonic() - self._pulse.since:.0f} s")
         verdict = self._look_around()

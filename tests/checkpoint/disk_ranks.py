@@ -58,7 +58,7 @@ def save(running: Any, where: Path, step: int, staging: Staging, parameters: int
     path = where / folder.checkpoint_name("one", step)
     state = {"stage": "one", "stage_index": 0, "step": step}
     count = parameters if parameters is not None else 10_000
-    under_way = store.begin_save(running, path, state, count, staging)
+    under_way = store.begin_save(running, path, state, 16 * count, staging)
     ranks.train(running, LAYOUT, step, step + 1)
     under_way.finish()
 

@@ -22,7 +22,7 @@ STATE = {"stage": "one", "stage_index": 0}
 
 
 def begin(running: Engine, path: Path, staging: Staging, step: int = 3) -> Saving:
-    return store.begin_save(running, path, {**STATE, "step": step}, 10_000, staging)
+    return store.begin_save(running, path, {**STATE, "step": step}, 160_000, staging)
 
 
 def beside_training(where: str, layout: Layout, precision: str = "fp32", bucket: int | None = None) -> Any:

@@ -104,7 +104,7 @@ def save_from_ranks(path: str, tokenizer: str, tp: int, pp: int, name: str) -> N
     engine = _engine(model, tp, pp, name, LENGTH, ROPE_BASE)
     for gpt in engine.gpts:
         unsettle_norms(gpt)
-    store.save(engine, Path(path), state(model, Path(tokenizer), name), model.parameters())
+    store.save(engine, Path(path), state(model, Path(tokenizer), name), 16 * model.parameters())
 
 
 def relayout(source: str, target: str, tp: int, pp: int) -> None:
@@ -114,7 +114,7 @@ def relayout(source: str, target: str, tp: int, pp: int) -> None:
     model = Model(**known["model"])
     engine = _engine(model, tp, pp, known["precision"], known["seq_length"], known["rope_base"])
     store.load(engine, checkpoint, optimizer=False)
-    store.save(engine, Path(target), known, model.parameters())
+    store.save(engine, Path(target), known, 16 * model.parameters())
 
 
 def _engine(model: Model, tp: int, pp: int, name: str, length: int, rope_base: float) -> Engine:

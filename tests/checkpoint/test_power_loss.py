@@ -30,7 +30,7 @@ def save_three_times(where: str) -> list[Cut]:
                 running,
                 checkpoints / folder.checkpoint_name("one", step),
                 {"stage": "one", "stage_index": 0, "step": step},
-                10_000,
+                160_000,
                 staging,
                 lambda: folder.prune(checkpoints, 1, lambda _: False) and None,
             ).finish()

@@ -106,6 +106,13 @@ def test_each_layout_loads_each_other(tmp_path: Path, before: Layout) -> None:
     assert worst < 1e-5
 
 
+def test_a_rank_reads_its_part_of_the_optimizer() -> None:
+    """And of a parameter that two share each reads the whole. (megatron-core's own way: every rank reads everything.)"""
+    found = run_ranks(ranks.what_is_read, 4, Layout(4))
+    _, together, whole = found[0]
+    assert max(mine for mine, _, _ in found) < 0.6 * whole and whole <= together < 2 * whole, found
+
+
 def test_precision_may_change(saved: tuple[Path, Any]) -> None:
     path, expected = saved
     found = run_ranks(ranks.load_and_go_on, 2, str(path), DP2, None, "bf16")[0]

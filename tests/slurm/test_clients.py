@@ -23,9 +23,20 @@ def command(folder: Path, words: str, times: int) -> str:
     return str(program)
 
 
-def test_a_controller_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        AWAY,
+        "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "slurm_load_jobs error: Slurm backup controller in standby mode",
+        "scontrol: error: Socket timed out on send/recv operation",
+    ],
+)
+def test_a_controller_that_is_away_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     monkeypatch.setattr(clients, "_POLL_SECONDS", 0.01)
-    assert clients.ask_patiently(command(tmp_path, AWAY, 3)) == "answer"
+    assert clients.ask_patiently(command(tmp_path, words, 3)) == "answer"
     assert len((tmp_path / "asked").read_text().split()) == 4
 
 
@@ -40,3 +51,12 @@ def test_a_refusal_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Invalid job id"):
         clients.ask_patiently(command(tmp_path, "slurm_load_jobs error: Invalid job id specified", 10**6))
     assert len((tmp_path / "asked").read_text().split()) == 1
+
+
+def test_nodes_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where users may not look at nodes, or the partition is hidden, sinfo lists none of them: that says nothing bad."""
+    asked: list[tuple[str, ...]] = []
+    listed = "n1 mixed\nn2 down*\nn3 drained\nn4 allocated"
+    monkeypatch.setattr(clients, "ask", lambda *command: asked.append(command) or listed)
+    assert clients.answering(["n1", "n2", "n3", "n4", "n5"]) == ["n1", "n4", "n5"]
+    assert "-a" in asked[0], "also of hidden partitions"

@@ -72,13 +72,21 @@ def test_three_legs_on_two_nodes_of_two_tasks(user: User, whole_on_four: TinyRun
 
 
 @pytest.mark.faults
-def test_time_limit(user: User, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """--signal before a limit of one minute: three legs or more, each goes on from the save of the one before, and the
-    last ends equal to one run without limits."""
+@pytest.mark.parametrize(
+    "asked",
+    [["--signal=USR1@30"], [], ["--signal=USR1@30", "--nodes=3", "--no-kill"]],
+    ids=["a signal before", "none but the limit's own", "with a spare"],
+)
+def test_time_limit(
+    user: User, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, asked: list[str]
+) -> None:
+    """A limit of one minute: three legs or more, each goes on from the save of the one before, and the last ends equal
+    to one run without limits."""
     overrides = "stages.two.until='2500 steps' save.every='1000 steps'"
     folder = tmp_path_factory.mktemp("unlimited")
     unlimited = TinyRun(write_recipe(tiny_data, folder), tiny_data, folder)
-    job = user.submit("--time=1", "--signal=USR1@30", overrides=overrides)
+    spares = "1" if "--no-kill" in asked else "0"
+    job = user.submit("--time=1", *asked, overrides=overrides, SPARES=spares)
     assert user.cluster.wait(job, seconds=1800)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     legs, starts = user.legs(), user.legs("start")
     assert len(legs) >= 3 and [leg["code"] for leg in legs] == [75] * (len(legs) - 1) + [0], legs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +23,35 @@ from tests.tiny import TinyRun
 
 
 @pytest.mark.parametrize(
-    ("state", "restarts", "requeues"),
-    [("RUNNING", "2", True), ("TIMEOUT", "2", True), ("RUNNING", "3", False), ("PENDING", "3", False), ("PREEMPTED", "2", False)],
+    ("state", "reason", "restarts", "signals", "requeues"),
+    [
+        ("RUNNING", "None", "2", [], True), ("RUNNING", "None", "3", [], False), ("PENDING", "None", "3", [], False),
+        ("PREEMPTED", "None", "2", [], False),
+        ("COMPLETING", "TimeLimit", "2", [signal.SIGTERM], True), ("COMPLETING", "None", "2", [signal.SIGTERM], False),
+        ("", "", "2", [], True), ("", "", "2", [signal.SIGTERM], False),
+    ],
 )  # fmt: skip
-def test_a_leg_that_slurm_has_replaced_does_not_end_its_successor(
-    monkeypatch: pytest.MonkeyPatch, state: str, restarts: str, requeues: bool
+def test_who_is_requeued(
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    reason: str,
+    restarts: str,
+    signals: list[int],
+    requeues: bool,
 ) -> None:
-    """A node whose slurmd died runs on while Slurm starts the job elsewhere: a requeue from there would kill that start."""
+    """A node whose slurmd died runs on while Slurm starts the job elsewhere: a requeue from there would kill that start.
+    At its time limit a job is COMPLETING, as after scancel (seen with Slurm 22.05). "": the controller gives no answer."""
     asked: list[tuple[str, ...]] = []
+
+    def job(*_: Any, patient: bool) -> dict[str, str]:
+        if not state:
+            raise UserError("'scontrol' refused: something nobody has seen before")
+        return {"JobState": state, "Reason": reason, "Restarts": restarts}
+
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(clients, "job", lambda *_, patient: {"JobState": state, "Restarts": restarts})
+    monkeypatch.setattr(clients, "job", job)
     monkeypatch.setattr(clients, "ask", lambda *command: asked.append(command) or "")
-    leg = Leg([], None, "7", "7", restart=2, nodes=["n1"], needed=1, tasks_per_node=1)  # type: ignore[arg-type]
+    leg = Leg([], None, "7", "7", restart=2, nodes=["n1"], needed=1, tasks_per_node=1, signalled=signals)  # type: ignore[arg-type]
     leg._requeue()
     assert asked == ([("scontrol", "requeue", "7")] if requeues else [])
 
@@ -58,6 +76,81 @@ def test_a_job_that_slurm_will_hold_is_told_in_time(
 )  # fmt: skip
 def test_a_held_job(state: str, reason: str, held: bool) -> None:
     assert clients.is_held({"JobState": state, "Reason": reason}) == held
+
+
+@pytest.mark.parametrize(
+    ("left", "in_place"),
+    [
+        ("15:01", True),
+        ("14:59", False),
+        ("1:00:00", True),
+        ("2-00:00:00", True),
+        ("UNLIMITED", True),
+        ("0:00", False),
+    ],
+)
+def test_a_spare_takes_over_only_where_time_is_left(
+    monkeypatch: pytest.MonkeyPatch, left: str, in_place: bool
+) -> None:
+    """The ranks left because the limit comes: what began again inside this allocation would be killed by it."""
+    monkeypatch.setattr(clients, "job", lambda *_, patient: {"JobState": "RUNNING"})
+    monkeypatch.setattr(clients, "ask", lambda *command: left)
+    leg = Leg([], None, "7", "7", restart=0, nodes=["n1", "n2"], needed=1, tasks_per_node=1)  # type: ignore[arg-type]
+    assert leg._again_in_place() == in_place
+
+
+def test_the_requeue_comes_before_an_alert_when_slurm_is_about_to_kill(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for signals, order in (([signal.SIGTERM], ["requeue", "alert"]), ([], ["alert", "requeue"])):
+        done: list[str] = []
+        monkeypatch.setattr(Leg, "_requeue", lambda self, done=done: done.append("requeue"))
+        monkeypatch.setattr(Leg, "_alert", lambda self, *_, done=done: done.append("alert"))
+        leg = tiny_leg(tiny, restart=0)
+        leg.signalled = signals
+        assert leg._end(leg_module.decide(leg_module.Evidence(75)), leg.folder.position()) == 75
+        assert done == order
+
+
+def test_an_array_whose_element_stopped_for_good(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its later ones would train to the same place. Another array, or the same element released by a person, may go on."""
+    row = {
+        "event": "end",
+        "job": "6",
+        "chain": "5",
+        "restart": 0,
+        "progress": [0, 0],
+        "code": 5,
+        "action": "stop",
+    }
+    append_row(tiny.run / "legs.jsonl", row | {"reason": "the loss is nan", "exit_code": 5})
+    leg = tiny_leg(tiny, restart=0)
+    monkeypatch.setattr(leg, "_attempt", lambda: leg_module.Decision(leg_module.Action.STOP, 99, "was tried"))
+    for job, chain, code in (("7", "5", 5), ("6", "5", 99), ("7", "7", 99)):
+        leg.job, leg.chain = job, chain
+        assert leg.go() == code
+    assert "the array's job 6 ended it: the loss is nan (exit code 5)" in capsys.readouterr().out
+    append_row(tiny.run / "legs.jsonl", row | {"reason": "RUN/stop asked for it", "exit_code": 71})
+    leg.job, leg.chain = "7", "5"
+    assert leg.go() == 99
+
+
+@pytest.mark.parametrize(
+    ("said", "tasks"),
+    [
+        ({"SLURM_NTASKS": "32", "SLURM_NTASKS_PER_NODE": "8"}, 8), ({"SLURM_NTASKS_PER_NODE": "8"}, 8),
+        ({"SLURM_NTASKS": "4"}, 1), ({}, 1),
+    ],
+)  # fmt: skip
+def test_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch, said: dict[str, str], tasks: int) -> None:
+    """`sbatch --nodes=4-8` leaves SLURM_NTASKS out."""
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert leg_module._tasks_per_node(4) == tasks
 
 
 def tiny_leg(tiny: TinyRun, restart: int) -> Leg:
