@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.common import Outcome, Seconds, cpu_seconds, run, say, take_turns
 from bench.shape import LENGTH, MICRO_BATCH, MICRO_BATCHES, ROPE_BASE, TOKENS_PER_STEP, build, describe
-from megatron_smol.checkpoint.hf import Description, llama_config, megatron_tensors, split_weight, weight_map
+from megatron_smol.checkpoint.hf import Description, llama_config
+from megatron_smol.checkpoint.weights import megatron_tensors, split_weight, weight_map
 from megatron_smol.data.loader import MicroBatch
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.train.step import Engine

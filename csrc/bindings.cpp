@@ -174,7 +174,7 @@ py::tuple minhash_keys(const std::vector<py::bytes>& texts, int ngram, int bands
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-  m.doc() = "The data side in C++: mixtures and keyed permutations (data/blend.py, data/order.py), MinHash (curate/minhash.py).";
+  m.doc() = "The data side in C++: mixtures and keyed permutations (data/blend.py, data/order.py), MinHash (curate/duplicates.py).";
   m.def("blend_period", &blend_period, py::arg("numerators"),
         "(source uint16[D], ordinal int32[D]): one period, D = sum of the numerators.");
   m.def("blend_lookup", &blend_lookup, py::arg("period_source").noconvert(), py::arg("period_ordinal").noconvert(),

@@ -1,4 +1,4 @@
-// MinHash over words, for near-duplicate search (curate/minhash.py). Pure C++.
+// MinHash over words, for near-duplicate search (curate/duplicates.py). Pure C++.
 #pragma once
 
 #include <cstdint>

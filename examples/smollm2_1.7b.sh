@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -15,6 +16,7 @@
 #SBATCH --output=%x-%j.log
 # --signal: every rank saves five minutes before the time limit (Slurm looks every 30 s, so give a save a minute more
 #   than it takes) and leaves with code 75; the job then puts itself back into the queue. --requeue allows that.
+# --mem=0: all memory of the nodes; clusters that give memory by the core would leave some of it out.
 # --open-mode=append: all legs of a job write one log; without it each requeue would empty it.
 
 # --- site: change these, or set them in sbatch's environment ----------------------------------------------------

@@ -85,6 +85,8 @@ def main() -> None:
             kind: type[UserError] = DiskError
         elif error.errno in (errno.EACCES, errno.EROFS):
             kind = DataError
+        elif error.filename and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            kind = UserError  # a path on the command line: a file where a folder is needed, or the other way round
         else:
             raise
         what = f"{error.strerror}: {error.filename or 'a file'}"

@@ -1,4 +1,4 @@
-"""The system's file locks, which end with their process however it ends: what every lock of this package is made of."""
+"""The system's file locks, which end with their process however it ends: what locks of folders are made of."""
 
 from __future__ import annotations
 

@@ -105,3 +105,11 @@ def stop_after(allowed: int, patch: pytest.MonkeyPatch) -> None:
 
     for name in ("unlink", "rmdir", "replace", "rename"):
         patch.setattr(os, name, counted(getattr(os, name)))
+
+
+def document_mask(tokens: Any, eod_id: int) -> Any:
+    """[b, 1, s, s], from [b, s] ids: a document ends with `eod_id`, which belongs to the document it ends."""
+    from megatron_smol.model.attention import documents_mask
+
+    ends = tokens.eq(eod_id).int()
+    return documents_mask(ends.cumsum(1) - ends)  # number of documents that ended before this token

@@ -181,7 +181,8 @@ def what_is_read(layout: Layout) -> tuple[int, int, int]:
     with reading_own_part(running.optimizer):
         described.append(store._sharded_state(running, is_loading=True))
     whole, mine = (
-        sum(one.data.nbytes for one in nested_values(state["optimizer"]["param_state"])) for state in described
+        sum(one.data.nbytes for one in nested_values(state["optimizer"]["param_state"]))
+        for state in described
     )
     everyones = [0] * layout.ranks
     torch.distributed.all_gather_object(everyones, mine)

@@ -18,7 +18,7 @@ from megatron_smol.prepare import prepare_libraries
 
 EXAMPLES = """
 examples:
-  python tools/convert_checkpoint.py --to hf --load-dir runs/demo/checkpoints/decay-00000146 --save-dir out
+  python tools/convert_checkpoint.py --to hf --load-dir runs/demo/checkpoints/decay-00000527 --save-dir out
   python tools/convert_checkpoint.py --to megatron --load-dir HuggingFaceTB/SmolLM2-135M --save-dir imported
 
 A checkpoint of any tensor-, pipeline- and data-parallel layout is read in this one process. The result is

@@ -5,6 +5,7 @@ Run `python tools/make_recipe_reference.py` after a change of the schema; a test
 
 from __future__ import annotations
 
+import argparse
 import types
 from collections.abc import Iterator
 from fractions import Fraction
@@ -135,5 +136,8 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     TARGET.write_text(reference(), encoding="utf-8")
     print(f"wrote {TARGET}")

@@ -30,7 +30,6 @@ from megatron_smol.checkpoint.shards import (
     write_shards,
 )
 from megatron_smol.checkpoint.weights import Weight, join_weight, split_weight, weight_map
-from megatron_smol.checkpoint.weights import megatron_tensors as megatron_tensors
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.recipe.schema import Model
 

@@ -10,7 +10,10 @@ import typer
 
 def generate(
     model: Annotated[Path, typer.Argument(help="An exported Hugging Face folder.", metavar="HF_DIR")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", metavar="PROMPT")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts to continue; a few of our own when none is given.", metavar="PROMPT"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of each continuation.", min=1)] = 40,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0.0)] = 0.7,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,

@@ -71,8 +71,8 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train all stages of a recipe; the same command continues a run that was stopped.
 
     Several ranks: torchrun --nproc-per-node 2 -m megatron_smol train RECIPE. Exit codes of a rank: 0 done, 75 stopped by
-    a signal after saving, or by the watchdog (run again), 2 recipe, 3 data, 4 checkpoint, 5 the numbers (guard); torchrun itself makes
-    1 of all of them, srun keeps them.
+    a signal after saving, or by the watchdog (run again), 2 recipe, 3 data, 4 checkpoint, 5 the numbers (guard), 6 no room on the disk, 7 the
+    run folder is a later start's; torchrun itself makes 1 of all of them, srun keeps them.
     """
     from megatron_smol.recipe.load import load_recipe
     from megatron_smol.train.signals import StopFlag

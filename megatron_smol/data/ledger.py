@@ -124,11 +124,6 @@ class Ledger:
     def copy(self) -> Ledger:
         return Ledger.from_json(self.to_json())
 
-    @classmethod
-    def branch(cls, parent: Ledger) -> Ledger:
-        """The ledger of a branch that starts at the moment the parent's ledger describes."""
-        return parent.copy()
-
     def check(self, plan: PlanLike, stage_name: str, samples: int) -> None:
         """Raise unless this is what the plan reads up to `samples` samples into the stage, to the token."""
         planned = planned_ledger(plan, stage_name, samples)

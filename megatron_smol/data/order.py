@@ -116,10 +116,6 @@ class SourceOrder:
             raise ValueError(f"a cursor only moves forward, got {windows} windows")
         return Cursor(cursor.seq_length, cursor.position + windows)
 
-    def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs passed, windows that a change of length skipped included."""
-        return cursor.position / self.windows_per_epoch(cursor.seq_length)
-
     def layout(self, seq_length: int) -> tuple[int, int, int, int]:
         """What csrc/order.cpp needs to know: (pages, windows per page, pages per block, key)."""
         return self.pages, self.windows_per_page(seq_length), self.block_pages, self.key

@@ -22,7 +22,7 @@ class SdpaCoreAttention(MegatronModule):
     """Causal attention by `scaled_dot_product_attention`: memory linear in the sequence length.
 
     Grouped queries are handled inside the kernel. An attention mask, when given, says where document
-    boundaries are (see `document_mask`); without one, attention is causal over the whole window, as
+    boundaries are (see `documents_mask`); without one, attention is causal over the whole window, as
     SmolLM2 was trained.
     """
 
@@ -86,20 +86,10 @@ class SdpaCoreAttention(MegatronModule):
         return RingAttention.apply(q, k, v, self.softmax_scale, group)
 
 
-def document_mask(tokens: Tensor, eod_id: int) -> Tensor:
-    """Causal mask that also stops at document boundaries.
-
-    tokens: [b, s] ids; a document ends with `eod_id`, which belongs to the document it ends.
-    Returns [b, 1, s, s], True where query position i (row) may look at key position j (column).
-    """
-    ends = tokens.eq(eod_id).int()
-    return documents_mask(ends.cumsum(1) - ends)  # number of documents that ended before this token
-
-
 def documents_mask(documents: Tensor) -> Tensor:
-    """The same from the number of each token's document, [b, s].
+    """Causal mask that also stops at document boundaries, from the number of each token's document, [b, s].
 
-    Rotary positions are relative, so inside a document nothing else needs resetting.
+    Returns [b, 1, s, s], True where query position i (row) may look at key position j (column). Rotary positions are relative, so inside a document nothing else needs resetting.
     """
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)

@@ -62,8 +62,8 @@ def train(recipe: Recipe, stop: StopFlag) -> int:
         check_virtual_pipeline(recipe.parallel, stage)
         if stage.document_mask and backend().transformer_engine:
             raise UserError(
-                f"stage '{stage.name}' sets document_mask, which Transformer Engine's attention would ignore as it is "
-                "called here; set document_mask: false"
+                f"stage '{stage.name}' sets document_mask, which was not yet shown to hold on a GPU with Transformer Engine "
+                "(bench/gpu/PENDING.md); set document_mask: false"
             )
     lock: RunLock | None = None
     console = Console(soft_wrap=True, highlight=False)

@@ -3,7 +3,7 @@
 Losses and gradient norms are positive and vary by factors, so both are judged by their logarithms: a value is a
 spike when it lies more than `sigmas` standard deviations above the median of the window. The standard deviation is
 1.4826 x the median absolute deviation, which a few earlier spikes do not move (a mean and its deviation they would),
-so every finite value enters the window, spikes included: a level that stays high stops being one.
+so every value of a step whose numbers are finite enters, spikes included: a level that stays high stops being one.
 """
 
 from __future__ import annotations

@@ -49,10 +49,6 @@ class StepResult:
     applied: bool = True
     own_seconds: float = 0.0
 
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 # Of a batch that was read and not computed.
 SKIPPED = StepResult(math.nan, math.nan, applied=False)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smol.data.batch import IGNORED, Documents, MicroBatch
-from megatron_smol.model.attention import document_mask
+from tests.helpers import document_mask
 
 CPU = torch.device("cpu")
 EOD = 0

@@ -251,7 +251,7 @@ def test_ledger_adds_up_and_branches_inherit(recipe: dict[str, Any], data: st.Da
             continue
         counted = Ledger.of(plan)
         for stage, samples in path:  # as a trainer counts, batch by batch
-            counted = Ledger.branch(counted)
+            counted = counted.copy()
             stream = open_stream(stage, plan.orders)
             for start in range(0, samples, stage.global_batch):
                 counted.add(stage.name, stage.seq_length, stream.rows(start, start + stage.global_batch))

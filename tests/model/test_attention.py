@@ -8,7 +8,8 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_smol.model.attention import SdpaCoreAttention, document_mask
+from megatron_smol.model.attention import SdpaCoreAttention
+from tests.helpers import document_mask
 
 S, B, HEADS, KV, D = 24, 2, 4, 2, 8
 
