@@ -74,8 +74,8 @@ def test_three_legs_on_two_nodes_of_two_tasks(user: User, whole_on_four: TinyRun
 @pytest.mark.faults
 @pytest.mark.parametrize(
     "asked",
-    [["--signal=USR1@30"], [], ["--signal=USR1@30", "--nodes=3", "--no-kill"]],
-    ids=["a signal before", "none but the limit's own", "with a spare"],
+    [["--signal=USR1@30"], ["--signal=WINCH@1"], ["--signal=USR1@30", "--nodes=3", "--no-kill"]],
+    ids=["a signal before", "none that ranks hear", "with a spare"],
 )
 def test_time_limit(
     user: User, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, asked: list[str]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_smol.train.heartbeat import Beat, judge, read_beats, write_beat
-from megatron_smol.train.pulse import COMPUTING, LOADING, UPDATING
+from megatron_smol.recipe.schema import Guard
+from megatron_smol.train.heartbeat import Beat, Verdict, judge, read_beats, write_beat
+from megatron_smol.train.lock import Claim
+from megatron_smol.train.pulse import COMPUTING, LOADING, UPDATING, Pulse
 from megatron_smol.train.stragglers import Streaks
+from megatron_smol.train.watchdog import VERDICT_SECONDS, Watchdog
 from tests.tiny import TinyRun, rows
 from tests.train.faulty import Fault, ended, errors, incidents, launch, run
 
@@ -237,3 +242,22 @@ def test_nobody_is_named_where_nobody_differs_and_nothing_is_said_of_ranks_that_
     assert judge(beats, later(beats)).lagging == ()
     moved = later(beats) | {1: replace(beat(1), beat=9, step=8)}
     assert judge(beats, moved).moving
+
+
+def test_the_verdict_may_take_longer_than_the_last_resort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 ranks read 256 files each: on a slow file system longer than the timer that ends a rank whose thread is stuck."""
+    armed: list[float] = []
+    claim = Claim(tmp_path, "")
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
+    watchdog = Watchdog(tmp_path, 0, 256, Pulse(), Guard(step_timeout=1), claim)
+
+    def look_around() -> Verdict:
+        assert armed == [VERDICT_SECONDS]
+        return Verdict((), "", moving=True, silent=(), teller=0)
+
+    monkeypatch.setattr(watchdog, "_look_around", look_around)
+    with (tmp_path / "stacks").open("a") as watchdog._stacks:
+        watchdog._alarm()
+    assert armed
