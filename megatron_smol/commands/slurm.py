@@ -53,6 +53,7 @@ def submit(
     loaded = load_recipe(recipe, overrides or [])
     make_plan(loaded, resolve_sizes(loaded)).require_no_errors()
     shape = slurm.Shape(nodes, gpus_per_node, cpus_per_task, time, partition, account, spares, save_lead)
+    slurm.require_layout(loaded, shape)
     if dry_run:
         print(slurm.render(loaded, shape), end="")
         return

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from megatron_smol.ablate import results
-from megatron_smol.ablate.array import render
+from megatron_smol.ablate.array import render, submit
 from megatron_smol.ablate.config import load_ablation
 from megatron_smol.ablate.demo import rubbish_page
 from megatron_smol.ablate.recipes import runs_of
@@ -82,8 +82,11 @@ def test_runs_that_are_not_done_are_left_out(tmp_path: Path) -> None:
     assert found.cells["maths"]["loss:maths"].p is not None
 
 
-def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
-    config = load_ablation(write_ablation(tmp_path, write_run(tmp_path), planted))
+@pytest.mark.parametrize("name", ["plain", "a space"])
+def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    config = load_ablation(write_ablation(folder, write_run(folder), planted))
     runs = runs_of(config)
     script = tmp_path / "array.sh"
     script.write_text(render(config, runs, Shape(nodes=2, time="2:00:00", partition="gpu")))
@@ -93,6 +96,9 @@ def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
         "#SBATCH --nodes=2" in lines and "#SBATCH --partition=gpu" in lines and "#SBATCH --requeue" in lines
     )
     assert sum(line.startswith("exec ") for line in lines) == 1
+    quote = '"' if " " in name else ""
+    assert f"#SBATCH --output={quote}{folder}/ablated/slurm/%x-%A_%a.log{quote}" in lines
+    assert "`smol ablate --submit`" in lines[1]
     chosen = []
     for element in range(len(runs)):
         # what the script would hand over: its last line, said instead of run
@@ -101,9 +107,17 @@ def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", said], env=environment, capture_output=True, text=True)
         count, command = done.stdout.splitlines()
         assert count == "0", "the leg must take itself for a job of its own"
-        chosen.append(Path(command.split()[-1]))
+        chosen.append(Path(command.partition(" megatron_smol.slurm.leg ")[2]))
     assert [path.name for path in chosen] == [f"{run.recipe.name}.yaml" for run in runs]
     assert all(path.is_file() for path in chosen)
+
+
+def test_an_array_that_would_die_after_the_queue_is_not_submitted(tmp_path: Path) -> None:
+    config = load_ablation(write_ablation(tmp_path, write_run(tmp_path), planted))
+    with pytest.raises(
+        UserError, match=r"a job of 3 ranks .* cannot train test-control-0: training.global_batch"
+    ):
+        submit(config, runs_of(config), Shape(nodes=3, gpus_per_node=1))
 
 
 @pytest.mark.parametrize(
