@@ -104,7 +104,12 @@ def require_layout(recipe: Recipe, shape: Shape) -> None:
 def submit(recipe: Recipe, shape: Shape) -> str:
     """Write the script, give it to sbatch, record it; the job's id."""
     folder = recipe.run_path / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"run_dir is {recipe.run_path}, and a file is where its folder should be; choose another"
+        ) from None
     script = folder / "job.sh"
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     write_whole(script, render(recipe, shape))

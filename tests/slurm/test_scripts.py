@@ -109,6 +109,15 @@ def test_without_slurm(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "'sbatch' is not installed here" in done.stderr
 
 
+def test_a_file_where_the_run_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    for run_dir in (tmp_path / "run", tmp_path / "run/below"):
+        command = smol("submit", EXAMPLES / "smollm2_1.7b.yaml", f"run_dir={run_dir}")
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and "a file is where its folder should be" in done.stderr
+
+
 def test_code_version() -> None:
     found = code_version()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", found["version"])
