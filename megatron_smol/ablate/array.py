@@ -11,8 +11,7 @@ from megatron_smol.ablate.run import recipe_file
 from megatron_smol.data.files import write_whole
 from megatron_smol.slurm import clients
 from megatron_smol.slurm.legs import append_row, position
-from megatron_smol.slurm.submit import SUBMISSIONS, Shape, code_version
-from megatron_smol.slurm.submit import render as render_job
+from megatron_smol.slurm.submit import SUBMISSIONS, Shape, code_version, header, leg_command, require_layout
 
 SCRIPT = "slurm/array.sh"
 
@@ -33,25 +32,20 @@ def render(config: Ablation, runs: list[Run], shape: Shape) -> str:
     Slurm's array variables are taken away before the job starts: with them a job is a link in a chain of one run, and
     does not requeue itself.
     """
-    output = config.output.absolute()
-    one = runs[0].recipe.model_copy(update={"name": config.name, "run_dir": str(output)})
-    lines = render_job(one, shape).splitlines()
-    lines = [line.replace("%x-%j.log", "%x-%A_%a.log") for line in lines if not line.startswith("exec ")]
-    lines.insert(2, f"#SBATCH --array=0-{len(runs) - 1}")
+    logs = config.output.absolute() / "slurm"
     files = [shlex.quote(str(recipe_file(config, run).absolute())) for run in runs]
-    command = render_job(one, shape).splitlines()[-1].rpartition(" ")[0]
     return "\n".join(
         [
-            *lines,
+            *header(config.name, logs, shape, array=len(runs), by="smol ablate --submit"),
             "RECIPES=(",
             *(f"  {file}" for file in files),
             ")",
             'RECIPE="${RECIPES[$SLURM_ARRAY_TASK_ID]}"',
             "unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_JOB_ID",
-            f'{command} "$RECIPE"',
+            f'{leg_command()} "$RECIPE"',
             "",
         ]
-    ).replace("written by `smol submit`", "written by `smol ablate --submit`")
+    )
 
 
 def submit(config: Ablation, runs: list[Run], shape: Shape) -> Submitted | None:
@@ -59,6 +53,8 @@ def submit(config: Ablation, runs: list[Run], shape: Shape) -> Submitted | None:
     todo = unfinished(runs)
     if not todo:
         return None
+    for run in todo:
+        require_layout(run.recipe, shape)
     script = config.output / SCRIPT
     script.parent.mkdir(parents=True, exist_ok=True)
     write_whole(script, render(config, todo, shape))

@@ -10,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from megatron_smol.errors import UserError
-from megatron_smol.recipe.load import load_yaml
+from megatron_smol.recipe.load import load_as
 from megatron_smol.recipe.mixture import resolve_mixture
 from megatron_smol.recipe.schema import TokensOrSteps
 
@@ -29,7 +28,10 @@ class Start(Section):
 
     run: Path = Field(description="run folder with the checkpoint")
     stage: str = Field(description="stage of the base recipe that it belongs to")
-    at: TokensOrSteps = Field(description="where in that lineage: tokens or steps")
+    at: TokensOrSteps = Field(
+        description="where in that lineage: a step exactly ('2000 steps'), or, in tokens, the first checkpoint that the run "
+        "saves at or after so many"
+    )
 
 
 class Evaluation(Section):
@@ -62,6 +64,15 @@ class Ablation(Section):
     ranks: int = Field(0, ge=0, description="processes of a run on this machine; 0: one, without a launcher")
     jobs: int = Field(1, gt=0, description="runs at a time on this machine")
     overrides: tuple[str, ...] = Field((), description="of the base recipe, as a.b=c")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_recipe(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "stages" in value and "base" not in value:
+            raise ValueError(
+                "is a recipe; an ablation file names one as 'base', see examples/ablation_math.yaml"
+            )
+        return value
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -96,10 +107,4 @@ class Ablation(Section):
 
 def load_ablation(path: Path) -> Ablation:
     """Read an ablation file; raises UserError."""
-    try:
-        return Ablation.model_validate(load_yaml(path))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {where + ': ' if where else ''}{message}") from None
+    return load_as(path, Ablation)

@@ -13,6 +13,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Below it a difference is called clear.
+CLEAR_P = 0.05
+
 BySeed = Mapping[int, float]
 
 

@@ -6,6 +6,7 @@ those of the whole lineage. Seeds change the order of the data and, from scratch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,13 +15,15 @@ from typing import Any
 
 from megatron_smol.ablate.config import CONTROL, Ablation, Start
 from megatron_smol.errors import UserError
+from megatron_smol.evals.suites import listed_tasks
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.mixture import mixture_text, resolve_mixture
 from megatron_smol.recipe.plan import Plan, StagePlan, make_plan, resolve_sizes
 from megatron_smol.recipe.schema import Recipe
-from megatron_smol.recipe.units import Amount
+from megatron_smol.recipe.units import Amount, round_half_up
 
 STAGE = "ablation"
+LOSS = "loss:"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,22 @@ def require_checkpoint(runs: list[Run]) -> None:
         raise UserError(f"there is no checkpoint {path}; of that stage there are: {there}")
 
 
+def require_rank_by(config: Ablation, runs: list[Run]) -> None:
+    """Raise UserError unless `rank_by` is something that the runs and `eval` will measure."""
+    losses = [f"{LOSS}{name}" for name in ("mean", *runs[0].recipe.sources)]
+    tasks = [item.label for item in listed_tasks(list(config.eval.tasks)).items] if config.eval else []
+    if config.rank_by in losses or any(config.rank_by.startswith(f"{task}:") for task in tasks):
+        return
+    figures = (
+        f"TASK:METRIC with a TASK of eval.tasks ({', '.join(tasks)})"
+        if tasks
+        else "with an `eval:` TASK:METRIC"
+    )
+    raise UserError(
+        f"rank_by is '{config.rank_by}', which these runs do not measure; allowed: {', '.join(losses)}, and {figures}"
+    )
+
+
 @dataclass(frozen=True)
 class _Checkpoint:
     stage: StagePlan
@@ -93,16 +112,23 @@ def _starting_point(base: Recipe, start: Start) -> _Checkpoint:
     if start.stage not in names:
         raise UserError(f"the base recipe has no trunk stage '{start.stage}' (allowed: {', '.join(names)})")
     stage = plan.stage(start.stage)
-    step = (
-        start.at.value
-        if start.at.unit == "steps"
-        else stage.start_step + round((start.at.value - stage.start_tokens) / stage.tokens_per_step)
-    )
+    step = start.at.value if start.at.unit == "steps" else _saved_after(plan, stage, start.at.value)
     if not stage.start_step < step <= stage.end_step:
         raise UserError(
             f"from.at is step {step:,}, outside of stage '{stage.name}' (steps {stage.start_step:,} to {stage.end_step:,})"
         )
     return _Checkpoint(stage, step, start.run / "checkpoints" / f"{stage.name}-{step:08d}")
+
+
+def _saved_after(plan: Plan, stage: StagePlan, tokens: int) -> int:
+    """The first step of a stage at or after so many tokens that the run saves; its end, where the plan rounds them to that."""
+    steps = Fraction(tokens - stage.start_tokens, stage.tokens_per_step)
+    if stage.start_step + round_half_up(steps) == stage.end_step:
+        return stage.end_step
+    step = stage.start_step + math.ceil(steps)
+    while stage.start_step < step < stage.end_step and not plan.saves(stage.index, step):
+        step += 1
+    return step
 
 
 def arms_of(config: Ablation, running: Mapping[str, Fraction] | None) -> list[Arm]:

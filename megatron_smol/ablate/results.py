@@ -15,13 +15,12 @@ from typing import Any
 
 from megatron_smol.ablate.config import CONTROL, Ablation
 from megatron_smol.ablate.contrast import BySeed, Contrast, contrast, holm, noise_of
-from megatron_smol.ablate.recipes import STAGE, Arm, Run
+from megatron_smol.ablate.recipes import LOSS, STAGE, Arm, Run
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import UserError
 from megatron_smol.report.collect import read_rows
 
 RESULTS = "results.json"
-LOSS = "loss:"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ killed, is waited for. `array` gives the runs to Slurm instead.
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import subprocess
 import sys
@@ -25,8 +24,12 @@ from megatron_smol.ablate.config import Ablation, Evaluation
 from megatron_smol.ablate.recipes import Run
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import EXIT_RESTART_ME, RunError
+from megatron_smol.flock import locked_file
 from megatron_smol.recipe.load import dump_recipe
 from megatron_smol.slurm.legs import position
+from megatron_smol.train.lock import LOCK
+
+_LOOK_AGAIN_SECONDS = 0.5
 
 
 def carry_out(config: Ablation, runs: list[Run], console: Console) -> None:
@@ -120,15 +123,15 @@ class _Work:
 
     def _wait_for_earlier(self, run: Run, where: str) -> None:
         """Until no process trains in the run folder any more; `smol train` holds this lock."""
-        path = run.recipe.run_path / ".lock"
-        if not path.is_file():
-            return
-        with path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        path, told = run.recipe.run_path / LOCK, False
+        while path.is_file():
+            if lock := locked_file(path):
+                lock.close()
+                return
+            if not told:
                 self._say(f"{where}: an earlier process is still training it; waiting for its end")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                told = True
+            time.sleep(_LOOK_AGAIN_SECONDS)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_smol.ablate.contrast import Contrast
+from megatron_smol.ablate.contrast import CLEAR_P, Contrast
 from megatron_smol.ablate.recipes import Run
 from megatron_smol.ablate.results import Results, lower_is_better
 from megatron_smol.recipe.units import format_tokens
-
-_CLEAR = 0.05
 
 
 def print_plan(runs: list[Run], console: Console) -> None:
@@ -80,11 +78,11 @@ def _print_others(results: Results, metrics: list[str], console: Console) -> Non
         table.add_column(metric, justify="right")
     for arm in results.arms:
         cells = [results.cells[arm][metric] for metric in metrics]
-        marks = ["*" if cell.p is not None and cell.p < _CLEAR else "" for cell in cells]
+        marks = ["*" if cell.p is not None and cell.p < CLEAR_P else "" for cell in cells]
         figures = [_figure(cell.mean, cell.error) + mark for cell, mark in zip(cells, marks, strict=True)]
         table.add_row(arm, *figures)
     console.print(table)
-    console.print(f"* differs from the control, p < {_CLEAR:g}", markup=False)
+    console.print(f"* differs from the control, p < {CLEAR_P:g}", markup=False)
 
 
 def _figure(mean: float, error: float | None) -> str:

@@ -55,9 +55,10 @@ def ablate(
     from megatron_smol.ablate import results as outcome
     from megatron_smol.ablate.array import submit as submit_array
     from megatron_smol.ablate.config import load_ablation
-    from megatron_smol.ablate.recipes import require_checkpoint, runs_of
+    from megatron_smol.ablate.recipes import require_checkpoint, require_rank_by, runs_of
     from megatron_smol.ablate.run import carry_out
     from megatron_smol.ablate.view import print_plan, print_results
+    from megatron_smol.errors import UserError
     from megatron_smol.slurm.submit import Shape
 
     loaded = load_ablation(config)
@@ -65,7 +66,12 @@ def ablate(
     console = Console(stderr=json, highlight=False)
     if not results:
         print_plan(runs, console)
+        require_rank_by(loaded, runs)
     if dry_run:
+        try:
+            require_checkpoint(runs)
+        except UserError as error:
+            console.print(f"note: {error}", markup=False, soft_wrap=True)
         return
     require_checkpoint(runs)
     if submit:

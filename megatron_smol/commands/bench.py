@@ -24,7 +24,10 @@ def train(
         str, typer.Option(help="smollm2_1.7b, smollm2_360m, smollm2_135m, tiny, or a recipe's file.")
     ] = "smollm2_1.7b",
     precision: Annotated[
-        str, typer.Option(help="fp32, bf16, fp8-tensorwise, fp8-delayed or fp8-blockwise.")
+        str,
+        typer.Option(
+            help="fp32, bf16, fp8-tensorwise, fp8-delayed or fp8-blockwise; emulated-fp8-... without the hardware."
+        ),
     ] = "bf16",
     seq: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 2048,
     micro_batch: Annotated[int, typer.Option(help="Windows of a forward pass on one rank.", min=1)] = 8,

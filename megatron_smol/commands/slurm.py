@@ -53,6 +53,7 @@ def submit(
     loaded = load_recipe(recipe, overrides or [])
     make_plan(loaded, resolve_sizes(loaded)).require_no_errors()
     shape = slurm.Shape(nodes, gpus_per_node, cpus_per_task, time, partition, account, spares, save_lead)
+    slurm.require_layout(loaded, shape)
     if dry_run:
         print(slurm.render(loaded, shape), end="")
         return
@@ -149,7 +150,9 @@ def simulate(
     ] = 300,
     measured: Annotated[
         Path | None,
-        typer.Option(help="bench/results/checkpoint.json of this file system, for save and load."),
+        typer.Option(
+            help="bench/results/checkpoint.json of this file system, for save and load: its rates a process, times tp x pp."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the drawn failures.")] = 0,
     json: AsJson = False,
@@ -174,11 +177,12 @@ def simulate(
     basis = "as given"
     if measured is not None:
         saved, read = slurm.measured_rates(measured)
-        save_seconds, load_seconds = (
-            save_seconds or size / (saved * gpus),
-            load_seconds or size / (read * gpus),
-        )
-        basis = f"{size / 1e9:.1f} GB over {gpus} ranks at the {saved / 1e6:,.0f} and {read / 1e6:,.0f} MB/s a process in {measured}"
+        # One rank of each tensor- and pipeline-parallel position writes, for all its copies. On the way back all ranks read, and
+        # share the file system's rate: taken to be no faster than that.
+        writers = loaded.parallel.tp * loaded.parallel.pp
+        save_seconds = size / (saved * writers) if save_seconds is None else save_seconds
+        load_seconds = size / (read * writers) if load_seconds is None else load_seconds
+        basis = f"a save over {writers} writing ranks, tp x pp: {size / 1e9:.1f} GB at the {saved / 1e6:,.0f} and {read / 1e6:,.0f} MB/s a process in {measured}"
     if save_seconds is None or load_seconds is None:
         raise UserError(
             f"a checkpoint of this recipe has {size / 1e9:.1f} GB; say how long one takes with --save-seconds and "
@@ -187,10 +191,11 @@ def simulate(
     costs = slurm.Costs(slurm.hours(mtbf) * 3600 / gpus, save_seconds, load_seconds + start_seconds)
     rows, optimum = slurm.table(costs, seed)
     longest = max(plan.stages, key=lambda stage: stage.tokens)
-    tokens_per_gpu = estimate.compute(plan).tokens_per_second_per_gpu
-    step_seconds = longest.tokens_per_step / (tokens_per_gpu * gpus)
+    cost = estimate.compute(plan)
+    step_seconds = longest.tokens_per_step / (cost.tokens_per_second_per_gpu * gpus)
     document = slurm.to_json(costs, gpus, rows, optimum) | {
         "step_seconds": step_seconds,
+        "device": cost.device,
         "save_and_load": basis,
     }
     if json:
@@ -230,5 +235,5 @@ def _print_simulation(document: dict, every: int) -> None:  # type: ignore[type-
         )
     console.print(
         f"this recipe saves every {every:,} steps = {_span(every * step)}; a step is taken as {step:.3f} s "
-        "(plan's 40 % MFU of an H100)"
+        f"(the plan's speed, modelled for {document['device']})"
     )

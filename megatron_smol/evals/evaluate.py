@@ -106,15 +106,15 @@ def _wanted(target: Target, suite: Suite, question: Question, settings: Settings
 
 
 def _means(results: Path, known: list[Row], suite: Suite, rows: list[Row]) -> list[Row]:
-    """The suite's averages as rows of their own; the standard error takes the parts as independent."""
+    """The suite's averages as rows of their own; the standard error takes the parts as independent, and is not known where one's is not."""
     by_task, added = {row["task"]: row for row in rows}, []
     for name, parts in suite.means.items():
         members = [by_task[part] for part in parts]
         figures = [row["metrics"][row["metric"]] for row in members]
-        errors = [figure["stderr"] or 0.0 for figure in figures]
+        errors = [figure["stderr"] for figure in figures]
         figure = {
             "value": sum(figure["value"] for figure in figures) / len(figures),
-            "stderr": math.sqrt(sum(error**2 for error in errors)) / len(figures),
+            "stderr": None if None in errors else math.hypot(*errors) / len(figures),
             "higher_is_better": True,
         }
         row = members[-1] | {

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from megatron_smol.errors import UserError, nearest
 from megatron_smol.recipe.load import load_recipe, parse_recipe
 from megatron_smol.recipe.schema import Recipe
+from megatron_smol.recipe.section import Precision
 
 # The published shapes (huggingface/smollm, text/pretraining), and one small enough for a laptop's CPU.
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 4096,
     },
 }
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 _LAYOUT = (
     "tp",
     "pp",
@@ -92,6 +94,8 @@ def make_setting(
     tokens: int | None = None,
 ) -> Setting:
     """`model`: a name of MODELS or a recipe's path; `tokens`: of one step over all ranks (default: a micro-batch each)."""
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision '{precision}' is not known; {nearest(precision, PRECISIONS)}")
     shape, optimizer = _model(model)
     parallel = parse_layout(layout)
     ranks = 1

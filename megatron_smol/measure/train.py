@@ -24,7 +24,7 @@ from megatron_smol.measure.kernels import Profile, profile_step
 from megatron_smol.measure.memory import state_bytes
 from megatron_smol.measure.setting import Setting
 from megatron_smol.model.backend import backend
-from megatron_smol.recipe.devices import DEVICES, Device, device_by_cuda_name
+from megatron_smol.recipe.devices import Device, device_by_cuda_name
 from megatron_smol.recipe.flops import flops_per_token
 from megatron_smol.recipe.memory import Kernels, Layout, rank_memory
 from megatron_smol.recipe.units import format_bytes
@@ -265,6 +265,6 @@ def _peaks(device: Device | None, precision: str) -> dict[str, float]:
     if device is None:
         return {}
     kinds = ["fp32"] if precision == "fp32" else ["bf16"]
-    if precision.startswith("fp8") and DEVICES[device.name].fp8_flops is not None:
+    if precision.startswith("fp8") and device.fp8_flops is not None:
         kinds.append("fp8")
     return {kind: device.peak_flops(kind) for kind in kinds}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smol.ablate.config import CONTROL
+from megatron_smol.ablate.contrast import CLEAR_P
 from megatron_smol.ablate.results import RESULTS, lower_is_better
 from megatron_smol.errors import DataError, UserError
 from megatron_smol.evals.compare import Delta, Side, compare
@@ -20,7 +21,6 @@ from megatron_smol.evals.target import RESULTS as EVALS
 from megatron_smol.recipe.plan import Plan
 from megatron_smol.report.collect import read_rows
 
-CLEAR_P = 0.05
 # As the SmolLM2 paper groups its tables; what is not named is knowledge and reasoning.
 CATEGORIES = {
     "instructions": "ifeval|mt_bench",

@@ -38,6 +38,11 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def window_pieces(cp: int, tp: int) -> int:
+    """How many equal parts a window is cut into: 2 * cp chunks, each over tp ranks. tp 1: no sequence parallelism."""
+    return (2 * cp if cp > 1 else 1) * tp
+
+
 def _model(model: Model) -> Iterator[str]:
     if model.hidden_size % model.heads:
         yield (
@@ -135,9 +140,7 @@ def _lengths_and_batches(recipe: Recipe) -> Iterator[str]:
                 f"{where['seq_length']} is {settings.seq_length}, which does not divide {what} "
                 f"({page_length}); nearest allowed below: {below}"
             )
-        pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (
-            parallel.tp if parallel.sequence_parallel else 1
-        )
+        pieces = window_pieces(parallel.cp, parallel.tp if parallel.sequence_parallel else 1)
         if settings.seq_length % pieces:
             why = "2 * cp" if parallel.cp > 1 else ""
             why += (" * " if why else "") + "tp" if parallel.sequence_parallel else ""

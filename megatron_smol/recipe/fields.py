@@ -44,9 +44,9 @@ def step_into(annotation: Any, key: str) -> Any:
     return None
 
 
-def section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+def section_at(location: tuple[int | str, ...], root: type[BaseModel] = Recipe) -> type[BaseModel] | None:
     """The section a pydantic error location points into, None when it is not a section."""
-    annotation: Any = Recipe
+    annotation: Any = root
     for key in location:
         annotation = step_into(annotation, str(key))
         if annotation is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from megatron_smol.errors import UserError
-from megatron_smol.recipe.checks import divisors
+from megatron_smol.recipe.checks import divisors, window_pieces
 from megatron_smol.recipe.devices import Cluster
 from megatron_smol.recipe.memory import Batches, Layout, Memory, Recompute, memory
 from megatron_smol.recipe.plan import Plan, StagePlan
@@ -173,7 +173,7 @@ def _layout(
     plan: Plan, cluster: Cluster, tp: int, pp: int, cp: int, vpp: int, recompute: Recompute
 ) -> Layout:
     parallel = plan.recipe.parallel
-    sequence_parallel = tp > 1 and all(stage.seq_length % (tp * cp) == 0 for stage in plan.stages)
+    sequence_parallel = tp > 1 and _divides_windows(plan, window_pieces(cp, tp))
     return Layout(
         tp=tp,
         pp=pp,
@@ -188,10 +188,11 @@ def _layout(
 
 
 def _context_choices(plan: Plan) -> list[int]:
-    """cp cuts every stage's window into 2 * cp chunks (1: not at all)."""
-    return [
-        cp for cp in (1, 2, 4, 8) if cp == 1 or all(stage.seq_length % (2 * cp) == 0 for stage in plan.stages)
-    ]
+    return [cp for cp in (1, 2, 4, 8) if _divides_windows(plan, window_pieces(cp, tp=1))]
+
+
+def _divides_windows(plan: Plan, pieces: int) -> bool:
+    return all(stage.seq_length % pieces == 0 for stage in plan.stages)
 
 
 # --- one layout --------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def _rejections(
 def _larger_micro_batches(
     plan: Plan, cluster: Cluster, calibration: Calibration, best: Proposal
 ) -> Iterator[Rejection]:
-    """The next larger micro-batch of the longest stage: too large, or no faster."""
+    """The next larger micro-batch of the stage that fills a GPU most: too large, or no faster."""
     chosen = best.fullest
     larger = [size for size in _micro_batches(chosen.stage, best.layout) if size > chosen.work.micro_batch]
     if not larger:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_smol.errors import UserError
 from megatron_smol.recipe.explain import explain
 from megatron_smol.recipe.overrides import apply_override
 from megatron_smol.recipe.schema import Recipe
+
+Root = TypeVar("Root", bound=BaseModel)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -27,6 +29,9 @@ class RecipeLoader(yaml.SafeLoader):
         """As in SafeLoader, but a repeated key is an error instead of the last one winning silently."""
         seen: dict[str, yaml.Node] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be a plain value"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
                 first = seen[key.value].start_mark.line + 1
                 problem = f"key '{key.value}' is given twice (first on line {first}); remove one"
@@ -58,27 +63,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping, by the rules of recipes; for files that are not recipes."""
+    return _load_mapping(path)[0]
+
+
+def load_as(path: str | Path, root: type[Root]) -> Root:
+    """A file that is not a recipe, checked by its own model and explained as a recipe is."""
+    raw, node = _load_mapping(path)
+    try:
+        return root.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(explain(error, raw, node, str(path), root)) from None
+
+
+def _load_mapping(path: str | Path) -> tuple[dict[str, Any], yaml.Node | None]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    raw, _ = _parse_yaml(text, str(path))
+    return _parse_mapping(text, str(path))
+
+
+def _parse_mapping(text: str, name: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    raw, node = _parse_yaml(text, name)
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of fields such as 'name: my-run', but is {_kind(raw)}")
-    return raw
+        raise UserError(f"{name} must be a mapping of fields such as 'name: my-run', but is {_kind(raw)}")
+    return raw, node
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Like `load_recipe`, from text; `name` stands for the file in messages."""
-    raw, node = _parse_yaml(text, name)
-    if not isinstance(raw, dict):
-        raise UserError(f"{name} must be a mapping of fields such as 'name: my-run', but is {_kind(raw)}")
+    raw, node = _parse_mapping(text, name)
+    places: dict[tuple[int | str, ...], str] = {}
     for override in overrides:
-        apply_override(raw, override, _parse_value)
+        place = apply_override(raw, override, _parse_value)
+        places.pop(place, None)  # the last one counts, and comes last
+        places[place] = override
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(explain(error, raw, node, name)) from None
+        raise UserError(explain(error, raw, node, name, overrides=places)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -99,6 +122,10 @@ def _parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         raise UserError(f"{where} is not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(
+            f"{name} is not valid YAML: an alias holds itself (or it is nested hundreds deep)"
+        ) from None
     finally:
         loader.dispose()
 

@@ -16,8 +16,10 @@ from megatron_smol.recipe.fields import aliases, bare, step_into
 from megatron_smol.recipe.schema import Recipe
 
 
-def apply_override(raw: dict[str, Any], override: str, parse: Callable[[str, str], Any]) -> None:
-    """Set the field that `override` ("path=value") names in `raw`."""
+def apply_override(
+    raw: dict[str, Any], override: str, parse: Callable[[str, str], Any]
+) -> tuple[int | str, ...]:
+    """Set the field that `override` ("path=value") names in `raw`; returns the keys and indices that lead there."""
     path, equals, value = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -26,9 +28,11 @@ def apply_override(raw: dict[str, Any], override: str, parse: Callable[[str, str
         )
     holder: Any = raw
     annotation: Any = Recipe
+    slots: list[int | str] = []
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         slot = _slot(holder, annotation, key, ".".join(keys[:depth]), override)
+        slots.append(slot)
         annotation = step_into(annotation, key)
         if last:
             holder[slot] = parse(value, override)
@@ -36,6 +40,7 @@ def apply_override(raw: dict[str, Any], override: str, parse: Callable[[str, str
             if isinstance(holder, dict) and holder.get(slot) is None:
                 holder[slot] = {}
             holder = holder[slot]
+    return tuple(slots)
 
 
 def _slot(holder: Any, annotation: Any, key: str, parent: str, override: str) -> int | str:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smol.ablate.contrast import CLEAR_P
+from megatron_smol.ablate.results import RESULTS, lower_is_better
 from megatron_smol.errors import DataError
 from megatron_smol.recipe.units import format_tokens
-
-RESULTS = "results.json"
-CLEAR_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,5 @@ def _cell(cell: dict[str, Any] | None, metric: str) -> tuple[str, str, str]:
     if difference is None:
         return figure, "", ""
     clear = cell.get("p") is not None and cell["p"] < CLEAR_P
-    better = (difference < 0) == _lower_is_better(metric)
+    better = (difference < 0) == lower_is_better(metric)
     return figure, f"{difference:+.4f}", ("good" if better else "bad") if clear else ""
-
-
-def _lower_is_better(metric: str) -> bool:
-    from megatron_smol.ablate.results import lower_is_better
-
-    return lower_is_better(metric)

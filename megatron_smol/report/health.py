@@ -5,6 +5,7 @@ From versions.json, log.txt, legs.jsonl (under Slurm) and incidents.jsonl; what 
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ import yaml
 from megatron_smol.recipe.devices import Device, device_by_cuda_name
 from megatron_smol.recipe.estimate import flops_per_token
 from megatron_smol.recipe.schema import Model
-from megatron_smol.report.collect import RunRecord, StageRun, read_rows
+from megatron_smol.report.collect import RunRecord, StageRun
+from megatron_smol.slurm.legs import LEGS, last_rows
+from megatron_smol.train.incidents import read_incidents
 
 _EDGE_BYTES = 1 << 16
 _DOCUMENTS_SHOWN = 12
@@ -63,9 +66,14 @@ def collect_health(run: RunRecord) -> Health:
         mfu=_mfu(run, known, ranks, flops) if known else {},
         wall_seconds=wall,
         goodput=min(kept / wall, 1.0) if wall else None,
-        incidents=[_incident(row, run) for row in read_rows(run.folder / "incidents.jsonl")],
-        legs=[_leg(row) for row in read_rows(run.folder / "legs.jsonl") if row.get("event") == "end"],
+        incidents=[_incident(row, run) for row in read_incidents(run.folder)],
+        legs=[_leg(row) for row in _legs(run) if row.get("event") == "end"],
     )
+
+
+def _legs(run: RunRecord) -> list[dict[str, Any]]:
+    """All of them. What a full disk or a power cut left torn is no row: `append_row` goes on behind it."""
+    return last_rows(run.folder / LEGS, sys.maxsize)
 
 
 def _flops(run: RunRecord) -> dict[str, float]:
@@ -89,7 +97,7 @@ def _mfu(run: RunRecord, device: Device, ranks: int, flops: dict[str, float]) ->
 
 def _wall_seconds(run: RunRecord) -> float | None:
     """From the first start to the last sign of life: of the Slurm legs, else by the times in log.txt."""
-    legs = [row["at"] for row in read_rows(run.folder / "legs.jsonl")]
+    legs = [row["at"] for row in _legs(run)]
     metrics, log = run.folder / "metrics.jsonl", run.folder / "log.txt"
     if legs and metrics.is_file():
         return max(legs[-1], metrics.stat().st_mtime) - legs[0] or None

@@ -59,15 +59,11 @@ class Report:
         ablations = [read_ablation(folder) for folder in self._ablations]
         complete = all(view.run.complete for view in views)
         page = render(views, ablations, self._folders, None if complete else every)
-        write_whole(self.path, page)
+        try:
+            write_whole(self.path, page)
+        except OSError as error:
+            raise UserError(f"the page cannot be written to {self.path}: {error.strerror}") from error
         return complete
-
-
-def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html from what is in the run folder by now, and return its path."""
-    report = Report([Path(run_dir)])
-    report.write()
-    return report.path
 
 
 def render(

@@ -54,9 +54,12 @@ def daly(costs: Costs) -> float:
 
 
 def expected_goodput(costs: Costs, interval: float) -> float:
-    """Daly's eq. 20 turned over: interval / (M e^(R/M) (e^((interval + C)/M) - 1))."""
+    """Daly's eq. 20 turned over: interval / (M e^(R/M) (e^((interval + C)/M) - 1)); 0.0 where that is too small to write."""
     m = costs.mtbf
-    return interval / (m * math.exp(costs.back / m) * math.expm1((interval + costs.save) / m))
+    try:
+        return interval * math.exp(-costs.back / m) / (m * math.expm1((interval + costs.save) / m))
+    except OverflowError:
+        return 0.0
 
 
 def simulate(costs: Costs, interval: float, seed: int, failures: int = 2000, runs: int = 16) -> Row:

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smol.checkpoint.folder import Checkpoint, list_checkpoints
+from megatron_smol.checkpoint.folder import COMPLETE, Checkpoint, list_checkpoints
 from megatron_smol.errors import UserError
 from megatron_smol.slurm import clients
 from megatron_smol.slurm.legs import LEGS, last_rows
 from megatron_smol.slurm.submit import SUBMISSIONS
+from megatron_smol.train.incidents import INCIDENTS
+from megatron_smol.train.signals import STOP_FILE
 
 RECENT_ROWS = 50
 SAMPLES = 64
@@ -76,7 +78,7 @@ def status(run: Path) -> Status:
     job = _job(run, legs)
     goodput = _goodput(run, metrics, legs, done)
     left = _seconds_left(plan, where, speed)
-    incidents = last_rows(run / "incidents.jsonl", INCIDENT_BYTES)
+    incidents = last_rows(run / INCIDENTS, INCIDENT_BYTES)
     slow = {
         f"rank {row['rank']} on {row['host']}": None for row in incidents if row.get("what") == "straggler"
     }
@@ -94,7 +96,7 @@ def status(run: Path) -> Status:
         eta_seconds=0.0 if finished else left,
         last_step_age=age,
         checkpoint=newest.path.name if newest else None,
-        checkpoint_age=_age(newest.path / "complete.json") if newest else None,
+        checkpoint_age=_age(newest.path / COMPLETE) if newest else None,
         restarts=max(sum(leg.get("event") == "start" for leg in legs) - 1, 0),
         goodput=goodput,
         last_incident=_last_incident(incidents, legs),
@@ -183,7 +185,7 @@ def _state(
     )
     if age is None or age > slow:
         return "silent" if slurm else "stopped"
-    return "stopping" if (run / "stop").exists() else "training"
+    return "stopping" if (run / STOP_FILE).exists() else "training"
 
 
 def _slurm_state(job: str | None) -> str | None:

@@ -7,6 +7,7 @@ waiting job), slurm/job.sh, and one row a submission in slurm/submissions.jsonl:
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smol.data.files import write_whole
+from megatron_smol.errors import UserError
+from megatron_smol.recipe.checks import check_recipe
 from megatron_smol.recipe.load import dump_recipe
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.slurm import clients
@@ -42,40 +45,71 @@ class Shape:
 def render(recipe: Recipe, shape: Shape) -> str:
     """The batch script."""
     run = recipe.run_path.absolute()
+    leg = f"{leg_command()} {shlex.quote(str(run / 'slurm/recipe.yaml'))}"
+    return "\n".join([*header(recipe.name, run / "slurm", shape), leg, ""])
+
+
+def leg_command() -> str:
+    """What a job runs, with the recipe as its only argument."""
+    return f"exec {shlex.quote(sys.executable)} -m megatron_smol.slurm.leg"
+
+
+def header(name: str, logs: Path, shape: Shape, array: int = 0, by: str = "smol submit") -> list[str]:
+    """The lines before the command. logs: folder of the job's log; array: elements, 0 for a job of its own."""
     options = {
-        "job-name": recipe.name,
+        **({"array": f"0-{array - 1}"} if array else {}),
+        "job-name": name,
         "nodes": shape.nodes + shape.spares,
         "ntasks-per-node": max(shape.gpus_per_node, 1),
         **({"gpus-per-node": shape.gpus_per_node} if shape.gpus_per_node else {}),
         "cpus-per-task": shape.cpus_per_task,
+        "mem": 0,
         "time": shape.time,
         **({"partition": shape.partition} if shape.partition else {}),
         **({"account": shape.account} if shape.account else {}),
         "signal": f"USR1@{shape.save_lead_seconds}",
         "open-mode": "append",
         "chdir": Path.cwd(),
-        "output": f"{run}/slurm/%x-%j.log",
+        "output": logs / f"%x-{'%A_%a' if array else '%j'}.log",
     }
     flags = ["exclusive", "requeue", *(["no-kill"] if shape.spares else [])]
-    lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
-    lines += [f"#SBATCH --{flag}" for flag in flags]
     threads = max(shape.cpus_per_task * 2 // 3, 1)
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            f"# {recipe.name}, written by `smol submit`; examples/smollm2_1.7b.sh explains every line.",
-            *lines,
-            f"export SPARES={shape.spares} OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
-            f"exec {shlex.quote(sys.executable)} -m megatron_smol.slurm.leg {shlex.quote(str(run / 'slurm/recipe.yaml'))}",
-            "",
-        ]
-    )
+    return [
+        "#!/usr/bin/env bash",
+        f"# {name}, written by `{by}`; examples/smollm2_1.7b.sh explains every line.",
+        # `exclusive` gives a node's cores, and its memory only by the cores asked for where DefMemPerCPU is set.
+        "# --mem=0: all memory of the nodes, whatever DefMemPerCPU says.",
+        *(f"#SBATCH --{option}={_quoted(str(value))}" for option, value in options.items()),
+        *(f"#SBATCH --{flag}" for flag in flags),
+        f"export SPARES={shape.spares} OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
+    ]
+
+
+def _quoted(value: str) -> str:
+    """For an #SBATCH line, which sbatch reads by rules of its own: a space would end the value, a # begins a comment."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"' if re.search(r"""[\s"'#\\]""", value) else value
+
+
+def require_layout(recipe: Recipe, shape: Shape) -> None:
+    """UserError where the recipe does not go with as many ranks as the job will have: it would find that out after the queue."""
+    ranks = shape.nodes * max(shape.gpus_per_node, 1)
+    parallel = recipe.parallel.model_copy(update={"gpus": ranks})
+    try:
+        check_recipe(recipe.model_copy(update={"parallel": parallel}))
+    except ValueError as error:
+        a_node = f"{ranks // shape.nodes} on each of {shape.nodes} nodes"
+        raise UserError(f"a job of {ranks} ranks ({a_node}) cannot train {recipe.name}: {error}") from None
 
 
 def submit(recipe: Recipe, shape: Shape) -> str:
     """Write the script, give it to sbatch, record it; the job's id."""
     folder = recipe.run_path / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"run_dir is {recipe.run_path}, and a file is where its folder should be; choose another"
+        ) from None
     script = folder / "job.sh"
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     write_whole(script, render(recipe, shape))

@@ -6,6 +6,8 @@
 run that resumes before it decides again, so the row is dropped then, and no step has two. A roll-back is the source of
 truth for the steps that are to be skipped after it: its row is on the disk before anything goes back, so a kill at any
 moment later does not forget it. Rows about ranks and nodes (restart, and notes marked "lasting") stay for good.
+
+`smol report` reads the rows too, so torch is imported only by what looks at gradients.
 """
 
 from __future__ import annotations
@@ -15,18 +17,14 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from megatron.core import parallel_state
-
 from megatron_smol.data.files import write_whole
 from megatron_smol.data.inspect import batch_of_step, read_rows
 from megatron_smol.errors import UserError
-from megatron_smol.model.llama import named_global_parameters
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.slurm.legs import append_row
-from megatron_smol.train.step import Engine
 
 if TYPE_CHECKING:
+    from megatron_smol.train.step import Engine
     from megatron_smol.train.trainer import Trainer
 
 INCIDENTS = "incidents.jsonl"
@@ -96,6 +94,8 @@ def bad_gradients(engine: Engine) -> list[dict[str, Any]]:
     gradients: who has something not finite in the rest is the origin. Where none has, it is the owner of the
     shard. With parallel.distributed_optimizer: false all hold the sum, and the origin cannot be told.
     """
+    import torch
+
     own, summed = _not_finite(engine)
     here = {"rank": torch.distributed.get_rank(), "host": socket.gethostname(), "own": own, "summed": summed}
     found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -114,6 +114,10 @@ def bad_gradients(engine: Engine) -> list[dict[str, Any]]:
 
 def _not_finite(engine: Engine) -> tuple[list[str], list[str]]:
     """Names of parameters whose gradient is not finite: outside this rank's reduced shard, and inside it."""
+    import torch
+
+    from megatron_smol.model.llama import named_global_parameters
+
     own, summed = [], []
     for part, gpt in zip(engine.parts, engine.gpts, strict=True):
         names = {parameter: name for name, parameter, _ in named_global_parameters(gpt)}
@@ -134,6 +138,8 @@ def _not_finite(engine: Engine) -> tuple[list[str], list[str]]:
 
 def _summed_range(part: Any, bucket: Any) -> tuple[int, int]:
     """[low, high) of the gradient buffer that holds sums over data-parallel ranks after the reduction."""
+    from megatron.core import parallel_state
+
     size, total = bucket.grad_data.numel(), parallel_state.get_data_parallel_world_size(True)
     if total == 1:
         return bucket.offset, bucket.offset

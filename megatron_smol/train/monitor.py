@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_smol.checkpoint.folder import fsync
 from megatron_smol.model.backend import backend
 from megatron_smol.model.precision import precision
+from megatron_smol.recipe.devices import device_by_cuda_name
 from megatron_smol.recipe.estimate import flops_per_token
 from megatron_smol.recipe.plan import StagePlan
 from megatron_smol.recipe.units import format_tokens
@@ -32,9 +33,6 @@ from megatron_smol.train.state import write_text
 
 if TYPE_CHECKING:
     from megatron_smol.train.trainer import Trainer
-
-# Dense bf16 peak of the datasheets, FLOP/s; MFU is printed where the GPU is listed.
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class JsonLines:
@@ -221,9 +219,8 @@ def _mfu(trainer: Trainer, done: StepDone) -> str:
     here = backend()
     if not here.on_gpu:
         return ""
-    name = torch.cuda.get_device_name(here.device)
-    peak = next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
-    if peak is None:
+    known = device_by_cuda_name(torch.cuda.get_device_name(here.device))
+    if known is None:
         return ""
     flops = flops_per_token(trainer.plan.recipe.model, done.stage.seq_length) * done.tokens_per_second
-    return f" | MFU {flops / (peak * torch.distributed.get_world_size()):.1%}"
+    return f" | MFU {flops / (known.bf16_flops * torch.distributed.get_world_size()):.1%}"

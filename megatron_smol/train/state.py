@@ -19,6 +19,7 @@ from megatron_smol.recipe.load import dump_recipe, load_recipe
 from megatron_smol.recipe.plan import Plan
 from megatron_smol.recipe.schema import Recipe
 from megatron_smol.slurm.legs import append_row
+from megatron_smol.train.incidents import INCIDENTS
 
 # Settings that may change between legs of a run: none of them moves the data or the weights.
 FREE = ("run_dir", "parallel", "save", "guard", "tail", "eval", "data.over_epochs")
@@ -108,7 +109,7 @@ def open_run_folder(recipe: Recipe) -> None:
     if path.is_file() and published:
         before, now = _fixed_settings(_begun_with(path)), _fixed_settings(recipe)
         changed = [key for key, value in before.items() if now.get(key) != value]
-        changed += [key for key in now if key not in before and _is_lr(key) and not _is_appended(key, before)]
+        changed += [key for key in now if key not in before and not _is_appended(key, before)]
         for key in changed:
             if not (_is_lr(key) and recipe.guard.lr_may_change):
                 hint = " (or allow it: guard.lr_may_change=true)" if _is_lr(key) else ""
@@ -132,10 +133,12 @@ def _begun_with(path: Path) -> Recipe:
 
 
 def _is_appended(key: str, before: dict[str, Any]) -> bool:
-    """Whether a setting is of a stage that the run did not have."""
-    return key.startswith("stages.") and key.split(".")[1] not in {
-        name for place, name in before.items() if place.startswith("stages[")
-    }
+    """Whether a setting is of a stage or a source that the run did not have; a stage that reads it has changed by itself."""
+    kind, _, rest = key.partition(".")
+    if kind == "sources":
+        return not any(known.startswith(f"sources.{rest.split('.')[0]}.") for known in before)
+    names = {name for place, name in before.items() if place.startswith("stages[")}
+    return kind.startswith("stages[") or (kind == "stages" and rest.split(".")[0] not in names)
 
 
 def _is_lr(key: str) -> bool:
@@ -148,7 +151,7 @@ def _record_changes(recipe: Recipe, newest: Checkpoint, changed: dict[str, tuple
     print(f"!! {reason}", flush=True)
     place = {"stage": newest.stage, "stage_index": newest.progress[0], "step": newest.step}
     what = {"what": "recipe changed", "decision": "note", "lasting": True, "reason": reason}
-    append_row(recipe.run_path / "incidents.jsonl", place | what)
+    append_row(recipe.run_path / INCIDENTS, place | what)
 
 
 def _fixed_settings(recipe: Recipe) -> dict[str, Any]:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from megatron_smol.ablate import results
-from megatron_smol.ablate.array import render
+from megatron_smol.ablate.array import render, submit
 from megatron_smol.ablate.config import load_ablation
 from megatron_smol.ablate.demo import rubbish_page
 from megatron_smol.ablate.recipes import runs_of
 from megatron_smol.ablate.view import print_plan, print_results
 from megatron_smol.errors import UserError
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.recipe.plan import make_plan
 from megatron_smol.slurm.submit import Shape
 from tests.rebalance.runs import planted, write_ablation, write_run
+from tests.tiny import environment, smol
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -82,8 +87,11 @@ def test_runs_that_are_not_done_are_left_out(tmp_path: Path) -> None:
     assert found.cells["maths"]["loss:maths"].p is not None
 
 
-def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
-    config = load_ablation(write_ablation(tmp_path, write_run(tmp_path), planted))
+@pytest.mark.parametrize("name", ["plain", "a space"])
+def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    config = load_ablation(write_ablation(folder, write_run(folder), planted))
     runs = runs_of(config)
     script = tmp_path / "array.sh"
     script.write_text(render(config, runs, Shape(nodes=2, time="2:00:00", partition="gpu")))
@@ -93,6 +101,9 @@ def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
         "#SBATCH --nodes=2" in lines and "#SBATCH --partition=gpu" in lines and "#SBATCH --requeue" in lines
     )
     assert sum(line.startswith("exec ") for line in lines) == 1
+    quote = '"' if " " in name else ""
+    assert f"#SBATCH --output={quote}{folder}/ablated/slurm/%x-%A_%a.log{quote}" in lines
+    assert "`smol ablate --submit`" in lines[1]
     chosen = []
     for element in range(len(runs)):
         # what the script would hand over: its last line, said instead of run
@@ -101,9 +112,17 @@ def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", said], env=environment, capture_output=True, text=True)
         count, command = done.stdout.splitlines()
         assert count == "0", "the leg must take itself for a job of its own"
-        chosen.append(Path(command.split()[-1]))
+        chosen.append(Path(command.partition(" megatron_smol.slurm.leg ")[2]))
     assert [path.name for path in chosen] == [f"{run.recipe.name}.yaml" for run in runs]
     assert all(path.is_file() for path in chosen)
+
+
+def test_an_array_that_would_die_after_the_queue_is_not_submitted(tmp_path: Path) -> None:
+    config = load_ablation(write_ablation(tmp_path, write_run(tmp_path), planted))
+    with pytest.raises(
+        UserError, match=r"a job of 3 ranks .* cannot train test-control-0: training.global_batch"
+    ):
+        submit(config, runs_of(config), Shape(nodes=3, gpus_per_node=1))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +130,14 @@ def test_the_array_gives_every_run_to_slurm_once(tmp_path: Path) -> None:
     [
         ({"budget": ["5 steps", "5 steps"]}, "a value is given twice in 5 steps, 5 steps"),
         ({"budget": []}, "budget"),
-        ({"jobs": 0}, "jobs"),
+        ({"jobs": 0}, "ablation.yaml line .*: jobs is 0; it should be greater than 0"),
+        ({"seeds": "abc"}, r"ablation.yaml line .*: seeds is 'abc'; it should be a list"),
+        ({"nme": "x"}, r"ablation.yaml line .*: 'nme' is not a field; did you mean 'name'\?"),
+        ({"budgets": "5 steps"}, r"ablation.yaml line .*: 'budgets' is not a field; did you mean 'budget'\?"),
+        (
+            {"eval": {"task": ["piqa"]}},
+            r"ablation.yaml line .*: eval: 'task' is not a field; did you mean 'tasks'\?",
+        ),
     ],
 )
 def test_mistakes(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -119,12 +145,71 @@ def test_mistakes(tmp_path: Path, change: dict[str, Any], message: str) -> None:
         write_ablation(tmp_path, write_run(tmp_path), planted, **change)
 
 
+def test_a_recipe_is_no_ablation() -> None:
+    with pytest.raises(UserError, match=r"demo.yaml: is a recipe; an ablation file names one as 'base'"):
+        load_ablation(EXAMPLES / "demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "evaluated", "says"),
+    [
+        ("loss:mean", None, None),
+        ("loss:web", None, None),
+        ("loss:nix", None, "allowed: loss:mean, loss:web, .*, and with an `eval:` TASK:METRIC"),
+        ("piqa:acc_norm", ["piqa"], None),
+        ("arc:acc", ["piqa"], r"TASK:METRIC with a TASK of eval.tasks \(piqa\)"),
+        ("piqa:acc", None, "with an `eval:` TASK:METRIC"),
+    ],
+)
+def test_what_to_rank_by_is_known_before_anything_is_trained(
+    tmp_path: Path, rank_by: str, evaluated: list[str] | None, says: str | None
+) -> None:
+    path = write_ablation(tmp_path, write_run(tmp_path), planted)
+    asked = {"rank_by": rank_by} | ({"eval": {"tasks": evaluated}} if evaluated else {})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | asked))
+    command = smol("ablate", path, "--dry-run")
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == (2 if says else 0), done.stderr
+    assert says is None or (f"rank_by is '{rank_by}'" in done.stderr and re.search(says, done.stderr))
+
+
+@pytest.mark.parametrize(
+    ("at", "step"),
+    [("1M", 2000), ("1000k", 2000), ("1100k", 2500), ("2M", 3906), ("1900k", 3906), ("1954 steps", 1954)],
+)
+def test_tokens_are_the_first_checkpoint_from_there_on(tmp_path: Path, at: str, step: int) -> None:
+    """1 M tokens are 1,953.1 steps, and the run saves every 500 and at its end, 3,906."""
+    run = write_run(tmp_path)
+    path = write_ablation(tmp_path, run, planted)
+    settings = yaml.safe_load(path.read_text())
+    settings |= {
+        "from": {"run": str(run), "stage": "stable", "at": at},
+        "overrides": ["save.every=500 steps"],
+    }
+    path.write_text(yaml.safe_dump(settings))
+    runs = runs_of(load_ablation(path))
+    assert {one.stage.start_step for one in runs} == {step}
+    done = subprocess.run(
+        smol("ablate", path, "--dry-run"), env=environment(), capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 0
+        and f"note: there is no checkpoint {run}/checkpoints/stable-{step:08d}" in done.stdout
+    )
+
+
+def test_the_shipped_ablation_starts_from_what_the_shipped_run_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    start = runs_of(load_ablation(EXAMPLES / "ablation_math.yaml"))[0].stage.start_step
+    assert ("stable-1", start) in make_plan(load_recipe(EXAMPLES / "smollm2_1.7b.yaml")).kept()
+
+
 def test_the_papers_protocols_plan_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES.parent)
     maths = runs_of(load_ablation(EXAMPLES / "ablation_math.yaml"))
     assert next(run.arm.name for run in maths) == "control" and len(maths) == 5
     for run in maths:
-        assert abs(run.stage.tokens - 100e9) < 3e6 and abs(run.stage.start_tokens - 3e12) < 3e6
+        assert abs(run.stage.tokens - 100e9) < 3e6 and 0 <= run.stage.start_tokens - 3e12 < 2000 * 2_097_152
         assert run.plan.lr(run.stage.index, run.stage.end_step - 1) < 2e-8
     owm = next(run for run in maths if run.arm.candidate == "owm")
     assert float(owm.stage.weights["owm"]) == pytest.approx(0.6, abs=1e-4)

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_smol.errors import UserError
 from megatron_smol.evals.compare import Delta, Side, compare, open_side, paired_differences, standard_error
+from megatron_smol.evals.evaluate import _means
 from megatron_smol.evals.results import append_row, find_row, load_rows, newest, read_samples, write_samples
+from megatron_smol.evals.suites import Item, Suite
 
 A = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
 B = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0]  # two more right, none lost
@@ -46,6 +48,20 @@ def side(folder: Path, scores: list[float], fingerprint: str, order: int = 1, **
     one["samples"] = write_samples(results, one, samples[::order])
     append_row(results, one)
     return Side(fingerprint, results, {"arc_easy": one})
+
+
+@pytest.mark.parametrize(("errors", "mean"), [((0.3, 0.4), 0.25), ((0.3, None), None), ((None, None), None)])
+def test_a_mean_knows_its_error_only_where_all_parts_do(
+    tmp_path: Path, errors: tuple[float | None, ...], mean: float | None
+) -> None:
+    parts = [
+        row(0.5, task=task, cut=0, seconds=1.0, suite="pair")
+        | {"metrics": {"acc": {"value": 0.5, "stderr": error, "higher_is_better": True}}}
+        for task, error in zip("ab", errors, strict=True)
+    ]
+    suite = Suite("pair", [Item("a"), Item("b")], means={"both": ["a", "b"]})
+    (found,) = _means(tmp_path / "evals.jsonl", [], suite, parts)
+    assert found["metrics"]["mean"]["stderr"] == (mean if mean is None else pytest.approx(mean))
 
 
 def test_the_difference_is_taken_question_by_question(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_two_ranks_of_one_model(tmp_path: Path) -> None:
         (["--layout", "tp=2"], "needs a multiple of 2 ranks, and 1 were started"),
         (["--layout", "pq=2"], "did you mean 'pp'|tp=2,pp=1,sp=true"),
         (["--layout", "tp=0"], "tp=0"),
-        (["--precision", "fp9"], "fp32"),
+        (["--precision", "fp9"], r"--precision 'fp9' is not known; did you mean 'fp32'\?"),
         (["--tokens", "100"], "no multiple of 128"),
         (["--precision", "fp8-tensorwise"], "needs Transformer Engine"),
     ],

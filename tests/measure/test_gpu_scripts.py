@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from bench import convert
+from bench.common import Seconds
 from bench.gpu.loss_gap import gap
 from tests.tiny import environment
 
@@ -51,3 +53,9 @@ def test_a_step_that_does_not_exist(arguments: list[str], tmp_path: Path) -> Non
     command = ["bash", str(ROOT / "bench/gpu/run.sh"), *arguments, *(["--dry-run"] if arguments else [])]
     done = subprocess.run(command, env=environment(OUT=str(tmp_path)), capture_output=True, text=True)
     assert done.returncode != 0 and ("none of 0" in done.stderr or "usage:" in done.stderr)
+
+
+def test_the_law_of_conversion_is_about_wall_time() -> None:
+    """Ours took 1 and 9 seconds: 5 in the middle, where the middle of the rates would say 1.8."""
+    assert convert._median_wall([Seconds(1.0, 0.1), Seconds(9.0, 0.1)]) == 5.0
+    assert convert.TURNS >= 4

@@ -58,6 +58,16 @@ def test_every_proposal_is_a_recipe_that_fits(name: str, cluster: str) -> None:
             assert needed == chosen.memory.total <= budget(found.cluster)
 
 
+def test_windows_that_sequence_parallelism_does_not_cut() -> None:
+    """160 tokens: over tp 4 and cp 8 they would be cut into 64 pieces, which the recipe refuses."""
+    data = small(**{"training.seq_length": 160, "stages.2.seq_length": 160, "stages.2.global_batch": 8})
+    data["model"] |= {"heads": 8, "kv_heads": 4, "hidden_size": 128}
+    found = fit(make_plan(load(data)), parse_cluster("32xH100-80GB"))
+    assert any((one.layout.tp, one.layout.cp) == (4, 8) for one in found.proposals)
+    for proposal in found.proposals:
+        load(data, *proposal.overrides())
+
+
 def test_little_memory_brings_recomputation_or_model_parallelism() -> None:
     plenty = shipped("smollm2_1.7b", "8xH100-80GB").proposals[0].layout
     little = shipped("smollm2_1.7b", "8xH100-20GB").proposals[0].layout

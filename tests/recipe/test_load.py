@@ -76,6 +76,40 @@ def test_weight_zero_leaves_a_source_out() -> None:
     assert recipe.stages[0].mixture == {"web": Fraction(1)}
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: {[a]: 1}", "recipe line 1, column 9 is not valid YAML: a key must be a plain value"),
+        (
+            "model:\n  ? {a: 1}\n  : 1",
+            "recipe line 2, column 5 is not valid YAML: a key must be a plain value",
+        ),
+        ("a: &a [*a]", "recipe is not valid YAML: an alias holds itself"),
+        ("a: &a {b: *a}", "recipe is not valid YAML: an alias holds itself"),
+    ],
+)
+def test_yaml_that_no_recipe_can_be(text: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_recipe(text)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.micro_batch=-1"], "override 'training.micro_batch=-1': training.micro_batch is -1; "),
+        (["stages.decay.lr={end: x}"], "override 'stages.decay.lr={end: x}': stages.decay.lr.end is 'x'"),
+        (["seed=-1", "lr.peak=2", "seed=-2"], "override 'seed=-2': seed is -2"),
+        (["model.layers=4"], "recipe line 1: seed is -3"),
+    ],
+)
+def test_what_an_override_did_is_not_blamed_on_the_file(overrides: list[str], says: str) -> None:
+    text = ("seed: -3\n" if "line 1" in says else "") + _yaml()
+    with pytest.raises(UserError) as refused:
+        parse_recipe(text, "recipe", overrides)
+    assert str(refused.value).startswith(says)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # unknown and missing keys
     (

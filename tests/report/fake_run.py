@@ -13,6 +13,7 @@ from megatron_smol.data.stream import StageStream
 from megatron_smol.recipe.load import dump_recipe, parse_recipe
 from megatron_smol.recipe.plan import Plan, StagePlan, make_plan
 from megatron_smol.recipe.render import to_json
+from megatron_smol.report.render import Report
 
 RECIPE = """
 name: small
@@ -125,3 +126,10 @@ def keep_lines(path: Path, count: int, and_half: bool = False) -> None:
     lines = path.read_text().splitlines(keepends=True)
     half = lines[count][: len(lines[count]) // 2] if and_half else ""
     path.write_text("".join(lines[:count]) + half)
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from what is in the run folder by now, and return its path."""
+    report = Report([run])
+    report.write()
+    return report.path

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smol.report.render import write_report
-from tests.report.fake_run import small_plan, write_run
+from tests.report.fake_run import small_plan, write_report, write_run
 from tests.report.page import charts
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

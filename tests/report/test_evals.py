@@ -11,8 +11,7 @@ import pytest
 from megatron_smol.evals.results import append_row, write_samples
 from megatron_smol.report.collect import collect
 from megatron_smol.report.evals import Evals, collect_evals
-from megatron_smol.report.render import write_report
-from tests.report.fake_run import small_plan, write_run
+from tests.report.fake_run import small_plan, write_report, write_run
 from tests.report.page import chart, lines
 
 QUESTIONS = 40

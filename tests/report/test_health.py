@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from megatron_smol.recipe.flops import flops_per_token
 from megatron_smol.report.collect import collect
 from megatron_smol.report.health import collect_health
-from megatron_smol.report.render import write_report
-from tests.report.fake_run import small_plan, write_lines, write_run
+from megatron_smol.slurm.legs import append_row
+from tests.report.fake_run import small_plan, write_lines, write_report, write_run
 from tests.report.page import chart
+from tests.tiny import environment
 
 SPIKE = {
     "at": 1_790_000_000.0,
@@ -51,6 +54,18 @@ def test_incidents_are_listed_with_their_documents_and_marked_on_the_loss(run: P
     marked = [m for m in chart(page, "training loss (nats per token)")["marks"] if m["kind"] == "incident"]
     assert [(m["x"], m["label"]) for m in marked] == [(33 * 8 * 128, "skip"), (70 * 8 * 128, "restart")]
     assert "<td>2026-09-21 14:14:10</td><td>decay</td><td>70</td><td>restart</td>" in page
+
+
+def test_lines_that_a_full_disk_left_torn_are_no_rows(run: Path) -> None:
+    """`append_row` leaves them, and goes on behind them."""
+    end = {"at": 1_790_000_090.0, "event": "end", "job": "17", "nodes": ["a"], "seconds": 88.0, "code": 0}
+    for name, row in (("incidents.jsonl", SPIKE), ("legs.jsonl", end)):
+        (run / name).write_text('{"at": 1790000000.0, "eve\n')
+        append_row(run / name, row)
+    health = collect_health(collect(run))
+    assert [one.decision for one in health.incidents] == ["skip"] and [leg["job"] for leg in health.legs] == [
+        "17"
+    ]
 
 
 def test_without_incidents_the_page_says_so(run: Path) -> None:
@@ -96,3 +111,12 @@ def test_starts_of_a_job_are_listed(run: Path) -> None:
     page = write_report(run).read_text()
     assert "Starts of the job: 1" in page
     assert "<td>17</td><td>2</td><td>88.0</td><td>75</td><td>requeue</td>" in page
+
+
+def test_what_only_reads_files_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, megatron_smol.report.render, megatron_smol.slurm.status; "
+        "print({'torch', 'megatron'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

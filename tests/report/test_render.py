@@ -9,10 +9,9 @@ import pytest
 
 from megatron_smol.recipe.plan import Plan
 from megatron_smol.report.collect import FILES
-from megatron_smol.report.render import write_report
 from megatron_smol.report.style import short
 from megatron_smol.report.view import duration
-from tests.report.fake_run import keep_lines, small_plan, write_run
+from tests.report.fake_run import keep_lines, small_plan, write_report, write_run
 from tests.report.page import chart, charts, headings, lines
 
 

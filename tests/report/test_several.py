@@ -45,6 +45,13 @@ def write_ablation(folder: Path) -> Path:
     return folder
 
 
+def test_a_page_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    for output, why in ((tmp_path, "Is a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=f"the page cannot be written to {output}: {why}"):
+            Report([run], output).write()
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
 def test_runs_are_drawn_on_the_same_axes_with_what_differs(run: Path, tmp_path: Path) -> None:
     text = RECIPE.replace("name: small", "name: other").replace("peak: 3e-3", "peak: 1e-3")
     other = write_run(tmp_path / "other", make_plan(parse_recipe(text)))

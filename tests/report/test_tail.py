@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smol.report.render import write_report
 from megatron_smol.report.tail import collect_tail
-from tests.report.fake_run import small_plan, write_run
+from tests.report.fake_run import small_plan, write_report, write_run
 from tests.report.page import charts, lines
 
 

@@ -39,6 +39,12 @@ def test_drawn_failures_agree_with_the_formula(save: float, back: float, factor:
     assert row.lost_per_failure == pytest.approx(lost, rel=0.1)
 
 
+def test_what_hardly_ever_gets_anywhere_has_a_goodput_of_nothing() -> None:
+    assert expected_goodput(Costs(mtbf=100, save=5, back=90000), 30.0) == 0.0
+    assert expected_goodput(Costs(mtbf=100, save=90000, back=0), 30.0) == 0.0
+    assert table(Costs(mtbf=100, save=5, back=90000), seed=0)[0][0].expected == 0.0
+
+
 def test_the_best_interval() -> None:
     costs = Costs(20000.0, 60.0, 300.0)
     assert young(costs) == pytest.approx(math.sqrt(2 * 60 * 20000))
@@ -77,6 +83,31 @@ def test_measured_rates(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(UserError, match="--save-seconds"):
         measured_rates(path)
+
+
+def test_measured_is_over_the_ranks_that_write(tmp_path: Path) -> None:
+    """One of each tensor- and pipeline-parallel position, however many GPUs train; what is given wins, a 0 too."""
+    seconds = {what: {"ours_wall_seconds": {"median": 10.0}} for what in ("save", "load")}
+    measured = tmp_path / "checkpoint.json"
+    measured.write_text(json.dumps({"details": {"bytes": {"ours": 10e9}, **seconds}}))
+
+    def told(*more: object) -> subprocess.CompletedProcess[str]:
+        command = smol(
+            "simulate", EXAMPLES / "smollm2_1.7b.yaml", "--start-seconds", 100, "--measured", measured, *more
+        )
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    size = 23.959269376  # GB, of this recipe
+    found = json.loads(told("--json").stdout)
+    assert found["seconds"]["save"] == pytest.approx(size) and found["seconds"]["back"] == pytest.approx(
+        100 + size
+    )
+    found = json.loads(told("--json", "--load-seconds", 0, "parallel.tp=2", "parallel.pp=2").stdout)
+    assert found["seconds"]["save"] == pytest.approx(size / 4) and found["seconds"]["back"] == 100
+    text = told().stdout
+    assert "a save over 1 writing ranks" in text and "(the plan's speed, modelled for H100)" in text
 
 
 def test_the_command() -> None:

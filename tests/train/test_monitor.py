@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_smol.recipe.flops import flops_per_token
+from megatron_smol.recipe.load import load_recipe
+from megatron_smol.train import monitor
 from megatron_smol.train.monitor import cut_back
+from tests.recipe.recipes import EXAMPLES
 
 
 def write(path: Path, *places: tuple[int, int], torn: str = "") -> Path:
@@ -44,3 +50,20 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     cut_back(path, (0, 0))
     assert path.read_text() == ""
     cut_back(tmp_path / "missing.jsonl", (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says"),
+    [("NVIDIA L40S", " | MFU 50.0%"), ("NVIDIA H100 80GB HBM3", " | MFU 18.3%"), ("GeForce", "")],
+)
+def test_mfu_is_against_the_peak_that_the_plan_knows(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, says: str
+) -> None:
+    recipe = load_recipe(EXAMPLES / "demo.yaml")
+    monkeypatch.setattr(monitor, "backend", lambda: SimpleNamespace(on_gpu=True, device=0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: gpu)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    speed = 362e12 / flops_per_token(recipe.model, 64)  # of one L40S at its peak, by two
+    trainer: Any = SimpleNamespace(plan=SimpleNamespace(recipe=recipe))
+    done: Any = SimpleNamespace(stage=SimpleNamespace(seq_length=64), tokens_per_second=speed)
+    assert monitor._mfu(trainer, done) == says

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_smol.errors import UserError
-from megatron_smol.recipe.load import load_recipe
+from megatron_smol.recipe.load import load_recipe, parse_recipe
 from megatron_smol.train.state import open_run_folder
 from tests.checkpoint.test_store import make
+from tests.recipe.recipes import EXAMPLES
 from tests.tiny import TinyRun, rows
 from tests.train.faulty import Fault, errors, run
 
@@ -42,6 +45,45 @@ def test_both_values_are_named(begun: TinyRun, change: str, says: tuple[str, ...
     for part in (*says, "set it back to continue that run"):
         assert part in str(refused.value), str(refused.value)
     assert (begun.run / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "stages.stable-3.from={stage: stable-1, before_end: 20000}",
+        "stages.decay.megatron_order={cache: c, blend: b}",
+    ],
+)
+def test_what_a_stage_did_not_have_is_a_change_too(tmp_path: Path, change: str) -> None:
+    here = f"run_dir={tmp_path}"
+    open_run_folder(load_recipe(EXAMPLES / "demo.yaml", [here]))
+    make(tmp_path / "checkpoints", "decay", 3, 400)
+    with pytest.raises(UserError, match=r"holds a run whose stages\.(stable-3\.from|decay\.megatron_order)"):
+        open_run_folder(load_recipe(EXAMPLES / "demo.yaml", [here, change]))
+
+
+def test_stages_and_their_sources_may_be_appended(begun: TinyRun) -> None:
+    """Also to a run whose recipe.yaml an older version wrote, which lacks fields that came since."""
+    recorded = begun.run / "recipe.yaml"
+    old = yaml.safe_load(recorded.read_text())
+    for section in ("optimizer", "fp8", "eval", "guard"):
+        old.pop(section)
+    old["data"].pop("over_epochs")
+    recorded.write_text(yaml.safe_dump(old, sort_keys=False))
+    more = yaml.safe_load(begun.recipe.read_text())
+    more["sources"]["poems"] = more["sources"]["web"]
+    more["stages"].append(
+        {
+            "name": "later",
+            "from": {"stage": "two", "before_end": "1 steps"},
+            "tokens": "2 steps",
+            "mixture": {"poems": 1},
+        }
+    )
+    open_run_folder(parse_recipe(yaml.safe_dump(more)))
+    more["stages"][0]["mixture"] = {"poems": 0.5, "web": 0.5}
+    with pytest.raises(UserError, match=r"stages\.one\.mixture"):
+        open_run_folder(parse_recipe(yaml.safe_dump(more)))
 
 
 def test_what_moves_neither_data_nor_weights_may_change(begun: TinyRun) -> None:
