@@ -92,7 +92,7 @@ def _folds(folds: int) -> str:
 
 
 def _labelled(path: Path, text_key: str, score_key: str) -> tuple[list[str], list[float]]:
-    from megatron_smol.curate.reading import opened
+    from megatron_smol.data.corpus import opened
     from megatron_smol.data.records import parse
 
     texts, scores = [], []

@@ -21,7 +21,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from rapidfuzz.distance import LCSseq
 
 from megatron_smol.curate.kept import CONTAMINATION, FewDropped
-from megatron_smol.curate.reading import opened
+from megatron_smol.data.corpus import opened
 from megatron_smol.errors import UserError
 
 _WORD = re.compile(r"[^\W_]+")

@@ -18,7 +18,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 
-from megatron_smol.curate.reading import opened
+from megatron_smol.data.corpus import opened
 from megatron_smol.data.files import PARTIAL, flush_to_disk, partial_path, publish
 from megatron_smol.errors import DataError
 

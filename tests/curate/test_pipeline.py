@@ -155,7 +155,7 @@ def test_mistakes_of_the_inputs(tmp_path: Path, raw: Path) -> None:
         curate(load_curation(configure(tmp_path, tmp_path / "nowhere", "exact")))
     (raw / "7.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-9])
     done = run(configure(tmp_path, raw, "exact"))
-    assert done.returncode == 3 and "cannot be decompressed to its end" in done.stderr, done.stderr
+    assert done.returncode == 3 and "cannot be decompressed" in done.stderr, done.stderr
 
 
 def test_shipped_files_by_their_names(tmp_path: Path, raw: Path) -> None:
