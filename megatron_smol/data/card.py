@@ -179,12 +179,11 @@ def _document_lengths(
     manifest = source.manifest
     if manifest is None:
         tables = [document_lengths(idx_path(shard.prefix)) for shard in source.shards]
-        return np.concatenate(tables), "all documents", tables[0], tables[-1]
+        return _of_tokens(tables), "all documents", tables[0], tables[-1]
     count = len(manifest.shards)
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _MOST_SHARDS))})
     tables = [document_lengths(source.store.local(shard_files(manifest.shards[i])[1])) for i in chosen]
-    lengths = np.concatenate(tables)
-    lengths = lengths[lengths > 0]
+    lengths = _of_tokens(tables)
     if manifest.packed:
         return lengths, "pieces of documents and stretches of padding", tables[0], tables[-1]
     which = (
@@ -193,6 +192,12 @@ def _document_lengths(
         else f"{len(lengths):,} documents of {len(chosen)} shards, evenly spread"
     )
     return lengths, which, tables[0], tables[-1]
+
+
+def _of_tokens(tables: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Lengths of the documents that have tokens: others have no place on an axis that doubles."""
+    lengths = np.concatenate(tables)
+    return lengths[lengths > 0]
 
 
 def _statistics(lengths: NDArray[np.int64]) -> list[tuple[str, str]]:
