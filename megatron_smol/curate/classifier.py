@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_smol.curate.encoder import Encoder, Pooling
 from megatron_smol.curate.head import MOST, fit, judge, length_alone, scores_of
+from megatron_smol.curate.parts import write_array
 from megatron_smol.data.files import write_whole
 from megatron_smol.errors import UserError
 
@@ -98,9 +99,7 @@ class Classifier:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "weights.npy.new").open("wb") as stream:
-            np.save(stream, self.weights)
-        (folder / "weights.npy.new").replace(folder / "weights.npy")
+        write_array(folder / "weights.npy", self.weights)
         about = {"settings": asdict(self.settings), "bias": self.bias, "report": self.report}
         write_whole(folder / "classifier.json", json.dumps(about, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smol.curate.endpoint import Answer, Endpoint, EndpointSettings, Failed, chat, completion
-from megatron_smol.errors import DataError, RunError, UserError
+from megatron_smol.errors import DataError, DiskError, RunError, UserError
 from tests.curate.language_server import Body, Reply, serving
 
 
@@ -181,6 +182,17 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
         pytest.raises(UserError, match="another process is writing"),
     ):
         Endpoint(elsewhere, tmp_path / "a.jsonl")
+
+
+def test_locks_that_fail_are_not_told_as_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(stream: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", failing)
+    with pytest.raises(DiskError, match=r"a\.jsonl has no file locks \(No locks available\)"):
+        Endpoint(settings("http://x.invalid/v1"), tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

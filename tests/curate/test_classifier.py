@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_a_binary_classifier_gives_probabilities_and_the_scores_that_keep_a_shar
     assert 0 <= found[1] < 0.2 and 0.8 < found[0] <= 1
     with pytest.raises(UserError, match="labels of a binary classifier are 0 and 1"):
         train(texts, scores, Settings(kind="binary"), threshold=1)
+
+
+def test_weights_are_on_the_disk_before_what_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Classifier(Settings(), np.ones(3), 0.0, {}).save(tmp_path)
+    files = [name for name in flushed if name != tmp_path.name]
+    assert [name.split(".")[0] for name in files] == ["weights", "classifier"]
+    assert Classifier.load(tmp_path).weights.tolist() == [1, 1, 1]
 
 
 def test_macro_f1_is_sklearns() -> None:
