@@ -204,7 +204,7 @@ def test_a_model_of_this_machine_writes_rows(tmp_path: Path, folder: Path) -> No
     settings = EndpointSettings(model=str(folder), concurrency=2)
     with Endpoint(settings, tmp_path / "a.jsonl") as model:
         asked = [completion("one two", max_tokens=6, seed=seed) for seed in (1, 2, 1)]
-        first, second, again = model.ask_all(asked)
+        first, second, again = model.map(model.ask, asked)
         assert isinstance(first, Answer) and first == again != second
         assert first.finish_reason == "length" and first.completion_tokens == 6
         said = model.ask(chat([{"role": "user", "content": "hi"}], max_tokens=4, temperature=0.0))
