@@ -91,6 +91,8 @@ def write_card(
 
 def _place(source: str | Path, output: Path | None) -> tuple[Path, str]:
     if output is not None:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"the output {output} is a file; give a folder")
         return output, "card"
     if is_remote(source):
         raise UserError(f"{source} is not a local folder: say where the card goes with --output")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_smol.commands.curate import curate as curate_command
 from megatron_smol.commands.curate import file_of
 from megatron_smol.curate.config import load_curation
 from megatron_smol.curate.pipeline import curate
@@ -148,6 +149,16 @@ def test_mistakes_in_the_file(tmp_path: Path, raw: Path, steps: list[Any], messa
     with pytest.raises(UserError) as found:
         curate(load_curation(config))
     assert message in str(found.value) and "\n" not in str(found.value)
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, raw: Path) -> None:
+    config = configure(tmp_path, raw, "exact")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the output .*file is a file; give a folder"):
+        curate_command(config, output=tmp_path / "file")
+    with pytest.raises(UserError, match="--source web is a source of a recipe; name its file with --recipe"):
+        curate_command(config, source="web")
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_of_the_inputs(tmp_path: Path, raw: Path) -> None:

@@ -140,6 +140,9 @@ def test_what_cannot_be_written(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_source(tmp_path / "web", SHARDS)
     with pytest.raises(UserError, match="say where the card goes with --output"):
         write_card(f"file://{tmp_path}/web")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the output .*file is a file; give a folder"):
+        write_card(tmp_path / "web", output=tmp_path / "file")
     with pytest.raises(DataError, match="another tokenizer"):
         write_card(tmp_path / "web", tokenizer=tokenizer_folder)
 
