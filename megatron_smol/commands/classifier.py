@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DataError, UserError
 
 
 def classifier(
@@ -63,11 +64,16 @@ def classifier(
     """
     from megatron_smol.curate.classifier import Settings, train
     from megatron_smol.curate.head import MOST
+    from megatron_smol.curate.parts import check_output
 
+    check_output(output)
     texts, scores = _labelled(labels, text_key, score_key)
     settings = Settings(encoder=encoder, kind=kind, pooling=pooling, length=length)
     cut = threshold if threshold is not None else min(3, MOST[kind])
-    made = train(texts, scores, settings, cut, seed, folds)
+    try:
+        made = train(texts, scores, settings, cut, seed, folds)
+    except DataError as error:
+        raise DataError(f"{labels}: {error}") from None
     made.save(output)
     report = made.report
     low, high = report["macro_f1_95"]
@@ -92,8 +98,7 @@ def _folds(folds: int) -> str:
 
 
 def _labelled(path: Path, text_key: str, score_key: str) -> tuple[list[str], list[float]]:
-    from megatron_smol.curate.reading import opened
-    from megatron_smol.data.records import parse
+    from megatron_smol.data.corpus import opened
 
     texts, scores = [], []
     if not path.is_file():
@@ -103,12 +108,31 @@ def _labelled(path: Path, text_key: str, score_key: str) -> tuple[list[str], lis
             if line.isspace():
                 continue
             try:
-                record = parse(line)
-                text, score = record[text_key], float(record[score_key])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} line {number}: no `{text_key}` with a number in `{score_key}` ({error})"
-                ) from None
-            texts.append(str(text))
+                text, score = _label(line, text_key, score_key)
+            except ValueError as error:
+                raise DataError(f"{path} line {number}: {error}") from None
+            texts.append(text)
             scores.append(score)
     return texts, scores
+
+
+def _label(line: bytes, text_key: str, score_key: str) -> tuple[str, float]:
+    """Raises ValueError with the reason."""
+    from megatron_smol.data.records import parse
+
+    record = parse(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected one JSON object a line, found a {type(record).__name__}")
+    for key in (text_key, score_key):
+        if key not in record:
+            raise ValueError(f"no key '{key}'; found: {', '.join(list(record)[:12]) or 'none'}")
+    text, score = record[text_key], record[score_key]
+    if not isinstance(text, str):
+        raise ValueError(f"key '{text_key}' holds a {type(text).__name__}; expected text")
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"key '{score_key}' holds {score!r}; expected a number")
+    return text, number

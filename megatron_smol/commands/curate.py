@@ -51,6 +51,8 @@ def curate(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output of another configuration.")] = False,
 ) -> None:
+    if source is not None and recipe is None:
+        raise UserError(f"--source {source} is a source of a recipe; name its file with --recipe")
     epochs = {"recipe": recipe, "source": source} if recipe else None
     given = {"output": output, "workers": workers, "tokenizer": tokenizer, "epochs": epochs}
     overrides = {name: value for name, value in given.items() if value is not None}

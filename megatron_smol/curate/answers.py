@@ -6,16 +6,16 @@ are lines too, so that totals are those of all runs together. In memory: key and
 
 from __future__ import annotations
 
-import fcntl
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import orjson
 
 from megatron_smol.data.files import explained_disk_errors, flush_to_disk
 from megatron_smol.errors import DataError, UserError
+from megatron_smol.flock import flock
 
 
 class AnswerFile:
@@ -31,11 +31,12 @@ class AnswerFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if not flock(cast(IO[str], self._file)):
+                raise UserError(f"another process is writing {path}; wait for it, or stop it")
+            self._read()
+        except BaseException:
             self._file.close()
-            raise UserError(f"another process is writing {path}; wait for it, or stop it") from None
-        self._read()
+            raise
 
     def find(self, key: bytes) -> dict[str, Any] | None:
         with self._lock:

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from megatron_smol.curate.encoder import Encoder, Pooling
 from megatron_smol.curate.head import MOST, fit, judge, length_alone, scores_of
+from megatron_smol.curate.parts import write_array
 from megatron_smol.data.files import write_whole
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DataError, UserError
 
 _FEATURES = 1 << 18
 # Words, marks, and the beginnings of lines: comments and nesting are what tells good source code, marks good prose.
@@ -98,9 +99,7 @@ class Classifier:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "weights.npy.new").open("wb") as stream:
-            np.save(stream, self.weights)
-        (folder / "weights.npy.new").replace(folder / "weights.npy")
+        write_array(folder / "weights.npy", self.weights)
         about = {"settings": asdict(self.settings), "bias": self.bias, "report": self.report}
         write_whole(folder / "classifier.json", json.dumps(about, indent=1) + "\n")
 
@@ -124,7 +123,7 @@ def train(
     seed: int = 0,
     folds: int = 1,
 ) -> Classifier:
-    """Fit and judge on documents that the fit did not see. Raises UserError when the labels cannot teach anything.
+    """Fit and judge on documents that the fit did not see. Raises DataError when the labels cannot teach anything.
 
     folds 1: nine tenths teach, a tenth judges. folds n: every document is judged once, by a fit on the other parts, and
     the classifier itself learns from all; for a narrow interval from few labels.
@@ -161,13 +160,13 @@ def train(
 def _checked(labels: Sequence[float], settings: Settings) -> NDArray[np.float64]:
     target = np.asarray(labels, np.float64)
     if len(target) < 50 or len(set(np.round(target))) < 2:
-        raise UserError(
+        raise DataError(
             f"{len(target)} labelled documents with {len(set(np.round(target)))} different scores cannot train a classifier: "
             "at least 50, and two scores"
         )
     most = MOST[settings.kind]
     if target.min() < 0 or target.max() > most or (settings.kind == "binary" and set(target) != {0, 1}):
-        raise UserError(
+        raise DataError(
             f"labels of a {settings.kind} classifier are {'0 and 1' if most == 1 else f'between 0 and {most}'}, found "
             f"{target.min():g} to {target.max():g}"
         )

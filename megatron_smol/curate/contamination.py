@@ -21,7 +21,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from rapidfuzz.distance import LCSseq
 
 from megatron_smol.curate.kept import CONTAMINATION, FewDropped
-from megatron_smol.curate.reading import opened
+from megatron_smol.data.corpus import opened
 from megatron_smol.errors import UserError
 
 _WORD = re.compile(r"[^\W_]+")
@@ -43,7 +43,7 @@ class Item:
 
 @dataclass
 class Index:
-    """N-grams of all items. `short`: items of fewer words than an n-gram, found by all of them."""
+    """N-grams of all items; an item of fewer words than an n-gram is one of its own length."""
 
     ngram: int
     items: list[Item] = field(default_factory=list)
@@ -71,6 +71,17 @@ class Index:
                     if number not in seen:
                         seen.add(number)
                         yield self.items[number], gram
+
+    def find(self, text: str, ratio: float) -> dict[str, Any] | None:
+        """The first item of which the text has an n-gram and, in the item's order, at least `ratio` of the words."""
+        words = words_of(text)
+        for item, gram in self.hits(words):
+            common = LCSseq.similarity(item.words, words) / len(item.words)
+            if common >= ratio:
+                return {
+                    "benchmark": item.benchmark, "item": item.number, "ngram": " ".join(gram), "ratio": round(common, 3),
+                }  # fmt: skip
+        return None
 
 
 def load_index(files: tuple[str, ...], fields: tuple[str, ...], ngram: int) -> Index:
@@ -125,12 +136,7 @@ class Decontaminate(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._index is None:  # each worker its own: not pickled with the step
             self._index = load_index(self.files, self.fields, self.ngram)
-        words = words_of(doc.text)
-        for item, gram in self._index.hits(words):
-            common = LCSseq.similarity(item.words, words) / len(item.words)
-            if common >= self.ratio:
-                doc.metadata[CONTAMINATION] = {
-                    "benchmark": item.benchmark, "item": item.number, "ngram": " ".join(gram), "ratio": round(common, 3),
-                }  # fmt: skip
-                return False, item.benchmark
-        return True
+        if (found := self._index.find(doc.text, self.ratio)) is None:
+            return True
+        doc.metadata[CONTAMINATION] = found
+        return False, found["benchmark"]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smol.device import on_gpu
 from megatron_smol.errors import UserError
 
 Pooling = Literal["first", "mean"]
@@ -25,17 +26,17 @@ class Encoder:
     """A model in memory, on the GPU where there is one. length: tokens of a document that it sees."""
 
     def __init__(self, name: str, pooling: Pooling | None, length: int) -> None:
-        import torch
         from transformers import AutoModel, AutoTokenizer
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
             self._model = AutoModel.from_pretrained(name).eval()
         except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"--encoder {name}: no Hugging Face model can be loaded from there ({str(error).splitlines()[0]})"
+                f"encoder {name}: no Hugging Face model can be loaded from there ({reason})"
             ) from None
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to("cuda" if on_gpu() else "cpu")
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # masked: any token does
         self._length = length
@@ -69,8 +70,8 @@ class Encoder:
         sees_the_text = not np.array_equal(one, other)
         if asked == "first" and not sees_the_text:
             raise UserError(
-                f"--pooling first: the first token of {name} sees nothing of the text that follows, so every document "
-                "would have the same vector; use --pooling mean"
+                f"pooling `first`: the first token of {name} sees nothing of the text that follows, so every document "
+                "would have the same vector; use `mean`"
             )
         return asked or _told(name) or ("first" if sees_the_text else "mean")
 

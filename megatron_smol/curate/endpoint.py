@@ -2,7 +2,7 @@
 
     with Endpoint(settings, Path("answers.jsonl")) as model:
         answer = model.ask(chat([{"role": "user", "content": "Hi"}], temperature=0.8, seed=7))
-        for answer in model.ask_all(requests):                # at once, answers in the order of the requests
+        for answer in model.map(model.ask, requests):         # at once, answers in the order of the requests
             text = answer.text if isinstance(answer, Answer) else None      # else Failed, with its reason
         print(model.usage())                                  # requests, tokens, dollars, retries, failures
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,6 +110,9 @@ class Endpoint:
         self._lock = threading.Lock()
         self._asking: dict[bytes, Future[Answer | Failed]] = {}
         self._from_disk = self._failed_in_a_row = 0
+        self._has_told = False
+        self._useless: str | None = None  # why asking on is, once it is
+        self._stop = threading.Event()  # set together with it: nobody waits for the next try
 
     def __enter__(self) -> Endpoint:
         return self
@@ -138,12 +141,8 @@ class Endpoint:
             del self._asking[key]
         return asked.result()
 
-    def ask_all(self, requests: Iterable[Request]) -> Iterator[Answer | Failed]:
-        """Answers in the order of the requests, `concurrency` of them asked at once."""
-        return self.map(self.ask, requests)
-
     def map(self, work: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-        """`work` on each item in `concurrency` threads, results in order: for work that asks several times."""
+        """`work` on each item in `concurrency` threads, results in order; it may ask several times."""
         waiting: deque[Future[Made]] = deque()
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             try:
@@ -176,30 +175,49 @@ class Endpoint:
     def _ask(self, key: bytes, request: Request) -> Answer | Failed:
         settings = self.settings
         for attempt in range(settings.retries + 1):
+            if self._useless is not None:
+                raise RunError(self._useless)
             try:
                 answer = self._send(request)
             except Unusable as error:
+                self._tell_first(error)
                 if not error.again or attempt == settings.retries:
                     return self._fail(error.reason)
                 self._answers.note("retried", error.reason)
                 pause = settings.retry_seconds * 2**attempt * (1 + random.random() / 4)
-                time.sleep(min(_LONGEST_PAUSE_SECONDS, max(pause, error.pause_seconds or 0.0)))
+                self._stop.wait(min(_LONGEST_PAUSE_SECONDS, max(pause, error.pause_seconds or 0.0)))
             else:
                 self._answers.add(key, answer._asdict())
                 self._failed_in_a_row = 0
                 return answer
         raise AssertionError("unreachable")
 
+    def _tell_first(self, error: Unusable) -> None:
+        """At once: with pauses between the tries, it takes a minute or more until requests count as failed."""
+        with self._lock:
+            if self._has_told:
+                return
+            self._has_told = True
+        tries = f"is tried again, up to {self.settings.retries} times" if error.again else "counts as failed"
+        print(f"{self._where}: {error.reason}; each such request {tries}", file=sys.stderr, flush=True)
+
     def _fail(self, reason: str) -> Failed:
         self._answers.note("failed", reason)
         with self._lock:
             self._failed_in_a_row += 1
-            if self._failed_in_a_row >= self.settings.give_up_after:
-                raise RunError(
-                    f"{self._failed_in_a_row} requests in a row to {self.settings.url or self.settings.model} failed, the last "
-                    f"one: {reason}; see that the endpoint works, then give the same command again: what was answered stays"
+            if self._failed_in_a_row >= self.settings.give_up_after and self._useless is None:
+                self._useless = (
+                    f"{self._failed_in_a_row} requests in a row to {self._where} failed, the last one: {reason}; see that "
+                    "the endpoint works, then give the same command again: what was answered stays"
                 )
+                self._stop.set()
+        if self._useless is not None:
+            raise RunError(self._useless)
         return Failed(reason)
+
+    @property
+    def _where(self) -> str:
+        return self.settings.url or self.settings.model
 
 
 def _key(model: str, request: Request) -> bytes:

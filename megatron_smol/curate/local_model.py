@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_smol.device import on_gpu
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.post.generate import load_model
 
@@ -22,13 +23,11 @@ class LocalModel:
     """Answers requests one at a time. Raises CheckpointError for a folder that holds no such model."""
 
     def __init__(self, folder: Path) -> None:
-        import torch
-
         if not folder.is_dir():
             raise UserError(f"there is no model folder {folder}; give one, or the `url` of an endpoint")
         self.folder = folder
         self._model, self._tokenizer = load_model(folder)
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to("cuda" if on_gpu() else "cpu")
         self._lock = threading.Lock()
 
     def __call__(self, request: Request) -> Answer:

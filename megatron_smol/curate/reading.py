@@ -6,12 +6,9 @@ read is counted, with the reason, and the others are read.
 
 from __future__ import annotations
 
-import gzip
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -19,7 +16,8 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_smol.curate.code import language_of, source_text
 from megatron_smol.curate.domains import domain_of
 from megatron_smol.curate.warc import WARC, extractor, pages
-from megatron_smol.data.inputs import InputFile, local_file
+from megatron_smol.data.corpus import opened
+from megatron_smol.data.inputs import InputFile
 from megatron_smol.data.records import parse
 from megatron_smol.errors import DataError
 
@@ -77,18 +75,17 @@ class ReadInputs(PipelineStep):
 
     def _lines(self, file: InputFile) -> Iterator[Document]:
         stem = Path(file.name).name
-        with opened(file) as stream:
-            for number, line in enumerate(_bounded_lines(stream), 1):
-                if line is None:
-                    self._bad("line_too_long")
-                elif not line.isspace():
-                    try:
-                        record = parse(line)
-                    except ValueError:
-                        self._bad("not_json")
-                        continue
-                    if document := self._document(record, f"{stem}/{number}"):
-                        yield document
+        for number, line in enumerate(_bounded_lines(file), 1):
+            if line is None:
+                self._bad("line_too_long")
+            elif not line.isspace():
+                try:
+                    record = parse(line)
+                except ValueError:
+                    self._bad("not_json")
+                    continue
+                if document := self._document(record, f"{stem}/{number}"):
+                    yield document
 
     def _parquet(self, file: InputFile) -> Iterator[Document]:
         import pyarrow as pa
@@ -131,34 +128,16 @@ class ReadInputs(PipelineStep):
         return False
 
 
-@contextmanager
-def opened(file: str | Path | InputFile) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed by its ending."""
-    given = file if isinstance(file, InputFile) else local_file(Path(file))
-    with given.open() as raw:
-        if given.suffix == ".gz":
-            with gzip.open(raw) as stream:
-                yield stream  # type: ignore[misc]
-        elif given.suffix == ".zst":
-            import zstandard
-
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)  # type: ignore[arg-type]
-        else:
-            yield raw
-
-
-def _bounded_lines(stream: BinaryIO) -> Iterator[bytes | None]:
+def _bounded_lines(file: InputFile) -> Iterator[bytes | None]:
     """Lines; None for one that is longer than LONGEST_LINE, of which nothing is held."""
     try:
-        while line := stream.readline(LONGEST_LINE):
-            if len(line) < LONGEST_LINE or line.endswith(b"\n"):
-                yield line
-                continue
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(LONGEST_LINE)
-            yield None
-    except (OSError, EOFError) as error:
-        raise DataError(
-            f"{getattr(stream, 'name', 'an input')} cannot be decompressed to its end: {error}"
-        ) from None
+        with opened(file) as stream:
+            while line := stream.readline(LONGEST_LINE):
+                if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+                    yield line
+                    continue
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST_LINE)
+                yield None
+    except OSError as error:
+        raise DataError(f"{file.name} cannot be read to its end: {error}") from error

@@ -91,6 +91,8 @@ def write_card(
 
 def _place(source: str | Path, output: Path | None) -> tuple[Path, str]:
     if output is not None:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"the output {output} is a file; give a folder")
         return output, "card"
     if is_remote(source):
         raise UserError(f"{source} is not a local folder: say where the card goes with --output")
@@ -179,12 +181,11 @@ def _document_lengths(
     manifest = source.manifest
     if manifest is None:
         tables = [document_lengths(idx_path(shard.prefix)) for shard in source.shards]
-        return np.concatenate(tables), "all documents", tables[0], tables[-1]
+        return _of_tokens(tables), "all documents", tables[0], tables[-1]
     count = len(manifest.shards)
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(count, _MOST_SHARDS))})
     tables = [document_lengths(source.store.local(shard_files(manifest.shards[i])[1])) for i in chosen]
-    lengths = np.concatenate(tables)
-    lengths = lengths[lengths > 0]
+    lengths = _of_tokens(tables)
     if manifest.packed:
         return lengths, "pieces of documents and stretches of padding", tables[0], tables[-1]
     which = (
@@ -193,6 +194,12 @@ def _document_lengths(
         else f"{len(lengths):,} documents of {len(chosen)} shards, evenly spread"
     )
     return lengths, which, tables[0], tables[-1]
+
+
+def _of_tokens(tables: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Lengths of the documents that have tokens: others have no place on an axis that doubles."""
+    lengths = np.concatenate(tables)
+    return lengths[lengths > 0]
 
 
 def _statistics(lengths: NDArray[np.int64]) -> list[tuple[str, str]]:

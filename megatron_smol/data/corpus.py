@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from megatron_smol.data.inputs import COMPRESSED, TEXT, InputFile, local_file
 from megatron_smol.errors import DataError, UserError
 
 BLOCK_BYTES = 32 << 20
 _COPY_BYTES = 4 << 20
+_UNPACKED_BYTES = 1 << 20  # at a time: each asks pyarrow, which is slow for a few kB
 
 Kind = Literal["lines", "compressed", "text", "parquet"]
 
@@ -178,22 +179,29 @@ def explained_decompression(file: InputFile) -> Iterator[None]:
     """Turn what the libraries say about a damaged file into one sentence."""
     try:
         yield
-    except Exception as error:
-        known = isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error))
-        if not known and type(error).__name__ != "ZstdError":
-            raise
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's or the network's, not the file's: gzip and pyarrow tell damage without a number
         raise DataError(f"{file.name} cannot be decompressed ({error}); copy it again") from error
+
+
+@contextmanager
+def opened(file: str | Path | InputFile) -> Iterator[IO[bytes]]:
+    """A file's bytes, decompressed by its ending. DataError where the file is damaged, cut off ones included."""
+    given = file if isinstance(file, InputFile) else local_file(Path(file))
+    with given.open() as raw, explained_decompression(given):
+        yield cast(IO[bytes], decompressed(given, raw)) if given.suffix in COMPRESSED else raw
 
 
 def decompressed(file: InputFile, raw: IO[bytes]) -> io.BufferedIOBase:
     if file.suffix == ".gz":
         return gzip.open(raw, "rb")
     try:
-        import zstandard
+        import pyarrow
     except ImportError:
-        raise UserError(f"reading {file.name} needs zstandard: pip install 'megatron-smol[text]'") from None
-    stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(stream)
+        raise UserError(f"reading {file.name} needs pyarrow: pip install 'megatron-smol[text]'") from None
+    # Not zstandard's reader: where a file is cut off, that one ends as if the file were whole.
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _UNPACKED_BYTES)
 
 
 def open_parquet(file: InputFile) -> Any:

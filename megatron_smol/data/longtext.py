@@ -1,6 +1,6 @@
 """Documents that are too long to hold, read in pieces: a JSON line or a text file of any size.
 
-data/documents.py finds them, data/encode.py tokenizes the pieces. A JSON line is checked as strictly as a short
+data/reading.py finds them, data/encode.py tokenizes the pieces. A JSON line is checked as strictly as a short
 one: every string is unescaped by the JSON parser, piece by piece, and what remains of the line without its long
 strings is parsed as a whole at the end.
 """

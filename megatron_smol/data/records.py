@@ -1,4 +1,4 @@
-"""One JSON record to the strings of its document, shared by data/documents.py and data/longtext.py."""
+"""One JSON record to the strings of its document, shared by data/reading.py and data/longtext.py."""
 
 from __future__ import annotations
 

@@ -199,6 +199,8 @@ def choose_backend(tokenizer: Tokenizer, sample: Sequence[str]) -> Tokenizer:
 
 def disagreement(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
     """The first text that the tokenizer's backend encodes otherwise than Hugging Face, if any."""
+    if not texts:
+        return None
     ours = tokenizer.encode_batch(texts)
     ids, lengths = tokenizer._encode_reference(texts)
     theirs = np.split(ids, np.cumsum(lengths)[:-1])

@@ -7,18 +7,20 @@ A row that cannot be used raises RowError with a reason; prepare.py counts, name
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from megatron_smol.data.corpus import opened
+from megatron_smol.data.inputs import COMPRESSED
 from megatron_smol.errors import DataError, UserError
 from megatron_smol.post.template import END_OF_TEXT, ROLES, TURN_END, TURN_START
 
 Message = dict[str, str]  # role, content
-_FILES = ".jsonl, .json, .jsonl.gz, .json.gz, .parquet"
+_LINES = (".jsonl", ".json", ".ndjson")
+_ENDINGS = tuple(kind + packed for kind in _LINES for packed in ("", *COMPRESSED))
+_FILES = ".jsonl, .json, .jsonl.gz, .jsonl.zst, .parquet"
 # (configuration, split) of the data sets that SmolLM2's tail read.
 _HUB_DEFAULTS = {
     "HuggingFaceTB/smoltalk": ("all", "train"),
@@ -62,24 +64,17 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _is_hub_name(source: str) -> bool:
     name = source.split(":")[0]
-    looks_like_a_file = Path(name).suffix in (".jsonl", ".json", ".ndjson", ".gz", ".parquet")
+    looks_like_a_file = Path(name).suffix in (*_LINES, *COMPRESSED, ".parquet")
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not looks_like_a_file
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.name.endswith((".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz")):
+    if not path.name.endswith(_ENDINGS):
         raise UserError(f"{path} is of no known kind; give {_FILES}")
-    with _opened(path) as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _parse(line)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path} cannot be decompressed ({error}); copy it again") from error
-
-
-def _opened(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    with opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", _parse(line)
 
 
 def _parse(line: bytes) -> Any:

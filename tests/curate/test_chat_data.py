@@ -357,6 +357,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "elsewhere/train.jsonl").is_file() and not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match=r"the output .*out is a file; give a folder"):
+        made(small(tmp_path, a=GIVEN), tmp_path)
+
+
 def test_shares_are_kept_whatever_is_there(tmp_path: Path) -> None:
     data = {name: write(tmp_path / f"{name}.jsonl", [talk(f"{name} {n}") for n in range(count)])
             for name, count in (("a", 40), ("b", 9))}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smol.curate.endpoint import Answer, Endpoint, EndpointSettings, Failed, chat, completion
-from megatron_smol.errors import DataError, RunError, UserError
+from megatron_smol.errors import DataError, DiskError, RunError, UserError
 from tests.curate.language_server import Body, Reply, serving
 
 
@@ -33,14 +34,14 @@ def test_answers_in_order_and_each_paid_once(tmp_path: Path) -> None:
     price = {"dollars_per_million_prompt_tokens": 10, "dollars_per_million_completion_tokens": 100}
     with serving(echo) as server:
         with Endpoint(settings(server.url, **price), tmp_path / "a.jsonl") as model:
-            assert [answer.text for answer in model.ask_all(requests)] == expected
+            assert [answer.text for answer in model.map(model.ask, requests)] == expected
             used = model.usage()
         assert used["answers"] == 31 and used["from_disk"] == 0
         assert (used["prompt_tokens"], used["completion_tokens"]) == (61, 30 * 6 + 5)
         assert used["dollars"] == pytest.approx((61 * 10 + 185 * 100) / 1e6)
         assert all(body["model"] == "m" for _, body in server.seen) and len(server.seen) == 31
         with Endpoint(settings("http://nobody.invalid/v1"), tmp_path / "a.jsonl") as model:
-            assert [answer.text for answer in model.ask_all(requests)] == expected
+            assert [answer.text for answer in model.map(model.ask, requests)] == expected
             assert model.usage()["from_disk"] == 31 and model.usage()["answers"] == 31
         assert len(server.seen) == 31
 
@@ -134,7 +135,7 @@ def test_what_no_retry_can_mend_stops_the_run(
             Endpoint(settings(server.url, key_variable="MY_KEY"), tmp_path / "a.jsonl") as model,
             pytest.raises(UserError, match=message) as found,
         ):
-            list(model.ask_all([say("x")]))
+            list(model.map(model.ask, [say("x")]))
         assert "\n" not in str(found.value) and "sesame" not in str(found.value)
         assert server.headers[0]["Authorization"] == "Bearer sesame"
 
@@ -149,10 +150,45 @@ def test_nobody_there_stops_the_run_and_answers_stay(tmp_path: Path) -> None:
             Endpoint(few, tmp_path / "a.jsonl") as model,
             pytest.raises(RunError, match="5 requests in a row"),
         ):
-            list(model.ask_all(say("x", seed=seed) for seed in range(100)))
+            list(model.map(model.ask, (say("x", seed=seed) for seed in range(100))))
         assert len(server.seen) < 20
         with Endpoint(few, tmp_path / "a.jsonl") as model:
             assert model.ask(say("x", seed=3)).text == "yes" and model.usage()["from_disk"] == 1
+
+
+def test_nobody_there_is_told_at_once_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many requests on their way as one likes: what it ends with is the number that it waits for."""
+    told: list[str] = []
+
+    def rule(path: str, body: Body) -> Reply:
+        if body["seed"] == 0 and not told:  # the first to come back; the others are held up by it
+            return Reply(status=503)
+        answered.wait(20)
+        return Reply(status=503)
+
+    answered = threading.Event()
+    with serving(rule) as server:
+        many = settings(server.url, retries=1, give_up_after=5, concurrency=32, retry_seconds=0.01)
+        with Endpoint(many, tmp_path / "a.jsonl") as model:
+            found: list[BaseException] = []
+
+            def ask() -> None:
+                try:
+                    list(model.map(model.ask, (say("x", seed=seed) for seed in range(100))))
+                except RunError as error:
+                    found.append(error)
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            while not told and asking.is_alive():
+                told += capsys.readouterr().err.splitlines()
+            assert not answered.is_set(), "told while all others wait"
+            answered.set()
+            asking.join()
+        assert told == [f"{server.url}: status 503; each such request is tried again, up to 1 times"]
+        assert capsys.readouterr().err == "" and "5 requests in a row" in str(found[0])
+        asked = len(server.seen)
+    assert asked < 80, "requests that were not on their way are not begun"
 
 
 def test_a_line_cut_short_is_asked_again_and_damage_is_told(tmp_path: Path) -> None:
@@ -181,6 +217,17 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
         pytest.raises(UserError, match="another process is writing"),
     ):
         Endpoint(elsewhere, tmp_path / "a.jsonl")
+
+
+def test_locks_that_fail_are_not_told_as_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(stream: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", failing)
+    with pytest.raises(DiskError, match=r"a\.jsonl has no file locks \(No locks available\)"):
+        Endpoint(settings("http://x.invalid/v1"), tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

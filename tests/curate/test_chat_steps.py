@@ -89,6 +89,26 @@ def test_every_constraint_has_a_test_words_and_draws_that_go_together() -> None:
         ("Thus the answer is\nParis.", "paris", True),
         ("7 apples and 8 pears", "7", False),
         ("", "7", False),
+        (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{3}{2}}", False),
+        (r"so it is \boxed{\dfrac{2}{4}}.", "1/2", True),
+        (r"\boxed{3\frac{1}{2}}", "1/2", False),
+        (r"\boxed{12\text{ cm}}", "12", True),
+        (r"\boxed{\text{Paris}}", "Paris", True),
+        (r"\boxed{2^{10}}", "2^10", True),
+        (r"\boxed{1} or \boxed{\{1, 2\}}", "2", False),
+        (r"that is 8, \boxed{\frac{1}{2", "8", False),
+        ("The answer is 1/4", "3/4", False),
+        ("The answer is 2/8.", "1/4", True),
+        ("The answer is **2 1/4**", "1/4", False),
+        ("The answer is .5", "5", False),
+        ("The answer is .50.", "0.5", True),
+        ("The answer is **-0.5**.", "-1/2", True),
+        ("x = 2^{10}", "10", False),
+        ("x=2^{10}", "2^10", True),
+        (r"$x = \sqrt{2}$", "2", False),
+        ("3+4=7.", "7", True),
+        ("she has 5kg", "5", True),
+        ("1/0", "0", True),
     ],
 )
 def test_final_answers(text: str, right: str, same: bool) -> None:
@@ -184,7 +204,7 @@ def test_a_model_of_this_machine_writes_rows(tmp_path: Path, folder: Path) -> No
     settings = EndpointSettings(model=str(folder), concurrency=2)
     with Endpoint(settings, tmp_path / "a.jsonl") as model:
         asked = [completion("one two", max_tokens=6, seed=seed) for seed in (1, 2, 1)]
-        first, second, again = model.ask_all(asked)
+        first, second, again = model.map(model.ask, asked)
         assert isinstance(first, Answer) and first == again != second
         assert first.finish_reason == "length" and first.completion_tokens == 6
         said = model.ask(chat([{"role": "user", "content": "hi"}], max_tokens=4, temperature=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_smol.commands.classifier import classifier
 from megatron_smol.curate.classifier import Classifier, Settings, train
 from megatron_smol.curate.head import confusion, macro_f1
-from megatron_smol.errors import UserError
+from megatron_smol.errors import DataError, UserError
 from tests.tiny import environment, smol
 
 TEACHING = ["because", "therefore", "example", "suppose", "theorem", "exercise", "explain", "consider"]
@@ -86,6 +88,23 @@ def test_a_binary_classifier_gives_probabilities_and_the_scores_that_keep_a_shar
         train(texts, scores, Settings(kind="binary"), threshold=1)
 
 
+def test_weights_are_on_the_disk_before_what_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Classifier(Settings(), np.ones(3), 0.0, {}).save(tmp_path)
+    files = [name for name in flushed if name != tmp_path.name]
+    assert [name.split(".")[0] for name in files] == ["weights", "classifier"]
+    assert Classifier.load(tmp_path).weights.tolist() == [1, 1, 1]
+
+
 def test_macro_f1_is_sklearns() -> None:
     from sklearn.metrics import f1_score
 
@@ -103,6 +122,34 @@ def test_mistakes(tmp_path: Path) -> None:
         train(["a"] * 60, [0.0, 9.0] * 30, Settings(), 3)
     with pytest.raises(UserError, match="holds no classifier"):
         Classifier.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", ": 0 labelled documents with 0 different scores cannot train"),
+        ('{"text": "a", "score": 1}\n' * 60, ": 60 labelled documents with 1 different"),
+        ('\n{"text": "a", "note": 1}', " line 2: no key 'score'; found: text, note"),
+        ('{"score": 1}', " line 1: no key 'text'; found: score"),
+        ('{"text": null, "score": 1}', " line 1: key 'text' holds a NoneType; expected text"),
+        ('{"text": "a", "score": "good"}', " line 1: key 'score' holds 'good'; expected a number"),
+        ('{"text": "a", "score": NaN}', " line 1: key 'score' holds nan; expected a number"),
+        ("[1]", " line 1: expected one JSON object a line, found a list"),
+        ("so", " line 1: not one JSON object"),
+    ],
+)
+def test_bad_labels_are_bad_data_and_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError) as told:
+        classifier(path, tmp_path / "made")
+    assert str(told.value).startswith(f"{path}{says}"), told.value
+
+
+def test_an_output_that_is_a_file_is_told_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "made").touch()
+    with pytest.raises(UserError, match=r"the output .*made is a file; give a folder"):
+        classifier(tmp_path / "labels.jsonl", tmp_path / "made")
 
 
 def test_folds_judge_every_document_by_a_fit_that_did_not_see_it() -> None:

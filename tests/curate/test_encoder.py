@@ -13,6 +13,8 @@ import transformers
 from megatron_smol.commands.classifier import classifier
 from megatron_smol.curate.classifier import Classifier
 from megatron_smol.curate.encoder import Encoder
+from megatron_smol.curate.endpoint import completion
+from megatron_smol.curate.local_model import LocalModel
 from megatron_smol.errors import UserError
 from tests.curate.test_classifier import labelled
 from tests.data.conftest import train_tokenizer
@@ -45,7 +47,7 @@ def test_a_document_has_the_same_vector_in_any_company(
     kind: str, pooling: str, folders: dict[str, Path]
 ) -> None:
     if (kind, pooling) == ("llama", "first"):
-        with pytest.raises(UserError, match=r"sees nothing of the text that follows.*use --pooling mean"):
+        with pytest.raises(UserError, match=r"sees nothing of the text that follows.*use `mean`"):
             Encoder(str(folders[kind]), "first", 32)
         return
     encoder = Encoder(str(folders[kind]), pooling, 32)  # type: ignore[arg-type]
@@ -67,8 +69,24 @@ def test_the_model_says_how_its_tokens_become_one_vector(folders: dict[str, Path
     (folder / "1_Pooling/config.json").write_text(json.dumps(about))
     assert Encoder(str(folder), None, 32).pooling == "mean"
     assert Encoder(str(folder), "first", 32).pooling == "first"
-    with pytest.raises(UserError, match="no Hugging Face model can be loaded"):
+    with pytest.raises(UserError, match=rf"^encoder {tmp_path}: no Hugging Face model can be loaded"):
         Encoder(str(tmp_path), None, 32)
+
+
+def test_a_model_that_fails_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(name: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", failing)
+    with pytest.raises(UserError, match=r"can be loaded from there \(OSError\)"):
+        Encoder(str(tmp_path), None, 32)
+
+
+def test_the_cpu_where_it_is_asked_for(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOL_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Encoder(str(folders["bert"]), "mean", 32)(TEXTS).shape == (len(TEXTS), 64)
+    assert LocalModel(folders["llama"])(completion("the cat", max_tokens=2)).prompt_tokens > 0
 
 
 def test_a_head_on_a_frozen_language_model(

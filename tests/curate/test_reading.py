@@ -23,6 +23,7 @@ from megatron_smol.curate.pipeline import input_files
 from megatron_smol.curate.reading import ReadInputs
 from megatron_smol.data.inputs import local_file
 from megatron_smol.errors import DataError, UserError
+from tests.data.test_corpus import damaged_files
 
 PARAGRAPH = "The area of a triangle is half of its base times its height, which can be seen by cutting a rectangle in two along a line from corner to corner. "
 PAGE = "<html><head><title>t</title></head><body><nav>Home About</nav><article><h1>Triangles</h1>{}</article></body></html>"
@@ -297,3 +298,9 @@ def test_files_of_an_object_store_are_read_in_place(tmp_path: Path) -> None:
         Inputs.model_validate({})
     with pytest.raises(UserError, match="cannot read memory://crawl/none"):
         input_files(Inputs(paths=("memory://crawl/none.jsonl",)))
+
+
+def test_damaged_files_are_told_by_their_names(tmp_path: Path) -> None:
+    for path in damaged_files(tmp_path):
+        with pytest.raises(DataError, match=rf"{re.escape(path.name)} cannot be decompressed"):
+            read(path)

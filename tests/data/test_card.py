@@ -126,10 +126,23 @@ def test_a_bare_prefix(tmp_path: Path) -> None:
     assert "made by other tools" in Page(path.read_text()).text and "5 6 7" in Page(path.read_text()).text
 
 
+def test_other_tools_write_documents_without_tokens(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "web_text_document", np.uint16) as writer:
+        for document in ([], [5, 6, 7], []):
+            writer.add_document(document)
+        writer.finalize()
+    write_card(tmp_path / "web")
+    markdown = (tmp_path / "web_text_document.card.md").read_text()
+    assert "| documents | 3 |" in markdown and "| shortest | 3 |" in markdown
+
+
 def test_what_cannot_be_written(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_source(tmp_path / "web", SHARDS)
     with pytest.raises(UserError, match="say where the card goes with --output"):
         write_card(f"file://{tmp_path}/web")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the output .*file is a file; give a folder"):
+        write_card(tmp_path / "web", output=tmp_path / "file")
     with pytest.raises(DataError, match="another tokenizer"):
         write_card(tmp_path / "web", tokenizer=tokenizer_folder)
 

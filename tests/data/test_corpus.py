@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smol.data import corpus, longtext
-from megatron_smol.data.corpus import Block, cut_units
+from megatron_smol.data.corpus import Block, cut_units, opened
 from megatron_smol.data.inputs import expand_inputs
 from megatron_smol.data.longtext import LongText
 from megatron_smol.data.reading import LongRow, Reading, Row
@@ -107,3 +108,37 @@ def test_text_that_is_not_utf8_is_named_or_counted(tmp_path: Path) -> None:
         list(Reading(block, "text").documents())
     reading = Reading(block, "text", skip_bad=True)
     assert list(reading.documents()) == [] and reading.bad == 1
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Compressed lines: cut off, and with bytes in their middle that are others."""
+    zstandard = pytest.importorskip("zstandard")
+    lines = b"".join(b'{"text": "%d"}\n' % (n * n) for n in range(9000))
+    paths = []
+    for ending, whole in ((".gz", gzip.compress(lines)), (".zst", zstandard.compress(lines))):
+        middle = len(whole) // 2
+        for name, content in (
+            ("cut", whole[:-9]),
+            ("other", whole[:middle] + b"\xff" * 64 + whole[middle + 64 :]),
+        ):
+            paths.append(folder / f"{name}.jsonl{ending}")
+            paths[-1].write_bytes(content)
+    return paths
+
+
+def test_a_damaged_file_is_told_by_its_name_and_never_taken_for_a_whole_one(tmp_path: Path) -> None:
+    for path in damaged_files(tmp_path):
+        says = rf"{re.escape(path.name)} cannot be decompressed \(.+\); copy it again"
+        with pytest.raises(DataError, match=says), opened(path) as stream:
+            stream.read()
+        with pytest.raises(DataError, match=says):
+            blocks_of(path)
+
+
+def test_what_the_disk_says_is_not_told_as_damage(tmp_path: Path) -> None:
+    """A job waits for a disk that is away; a damaged file ends it."""
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(OSError, match="away") as told, opened(path):
+        raise OSError(errno.EIO, "away")
+    assert not isinstance(told.value, DataError)

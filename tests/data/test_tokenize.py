@@ -293,6 +293,13 @@ def test_optional_kinds_of_input(tmp_path: Path, tokenizer: Tokenizer, kind: str
     assert documents(load_source(tmp_path / "out"), tokenizer) == texts
 
 
+def test_a_file_that_begins_with_rows_without_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The first rows are those on which the two tokenizers are compared."""
+    rows = write_lines(tmp_path / "in.jsonl", [{"text": None}] * 200 + [{"text": "one"}])
+    run([rows], tmp_path / "out", tokenizer, seed=None)
+    assert documents(load_source(tmp_path / "out"), tokenizer) == ["one"]
+
+
 def test_inputs_that_are_not_there(tmp_path: Path, lines: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"no input at .*nothing\*\.jsonl: give files"):
         run([tmp_path / "nothing*.jsonl"], tmp_path / "out", tokenizer)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from megatron_smol.errors import DataError, UserError
 from megatron_smol.post.rows import NotJson, RowError, conversation, preference, read_rows
+from tests.data.test_corpus import damaged_files
 from tests.post.made import conversations, write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
@@ -100,8 +103,10 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path) -> None:
     plain = write_rows(tmp_path / "a.jsonl", made)
     packed, table = tmp_path / "a.jsonl.gz", tmp_path / "a.parquet"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
+    curated = tmp_path / "a.jsonl.zst"  # as `smol curate` writes
+    curated.write_bytes(zstandard.compress(plain.read_bytes()))
     pyarrow.parquet.write_table(pa.Table.from_pylist(made), table)
-    for path in (plain, packed, table):
+    for path in (plain, packed, curated, table):
         assert [row for _, row in read_rows(str(path))] == made
 
 
@@ -116,6 +121,9 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(json.dumps({"a": list(range(500))}).encode())[:-20])
     with pytest.raises(DataError, match="cannot be decompressed"):
         list(read_rows(str(packed)))
+    for path in damaged_files(tmp_path):
+        with pytest.raises(DataError, match=rf"{re.escape(path.name)} cannot be decompressed"):
+            list(read_rows(str(path)))
     table = tmp_path / "a.parquet"
     table.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a whole parquet file"):

@@ -17,7 +17,7 @@ from megatron_smol.post.rows import Message, NotJson, Preference, RowError, pref
 class Given(Section):
     """Rows with "messages" (or prompt, chosen, rejected), or two fields that become a turn each."""
 
-    data: str = Field(description="JSONL, .gz, parquet, or hub OWNER/NAME:CONFIG:SPLIT")
+    data: str = Field(description="JSONL (plain, .gz, .zst), parquet, or hub OWNER/NAME:CONFIG:SPLIT")
     rows: int | None = Field(None, gt=0, description="rows to read at most")
     user: str | None = Field(None, description="field of the user's turn, in rows without messages")
     assistant: str | None = Field(None, description="field of the assistant's turn")

@@ -7,7 +7,10 @@ cut is not public. UltraFeedback's answers were rated by GPT-4. The words of the
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
+
+import regex
 
 from megatron_smol.curate.annotate import score_in
 from megatron_smol.curate.chat.tools import NoAnswer, Tools
@@ -73,27 +76,52 @@ def number_of(value: Any) -> float:
 
 # --- answers that can be checked -----------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\.\d+|\d)(?:/[1-9]\d*)?")
+_BOXED = regex.compile(r"\\boxed\s*(\{(?:[^{}]++|(?1))*+\})")
+_FORMULA = re.compile(r"\^|\\[a-z]*(?:frac|sqrt)")  # its last number alone is another value
+_LATEX = (
+    (re.compile(r"(?<=\d)\s*(?=\\[dt]?frac\{)"), " "),  # 3\frac{1}{2} is three and a half
+    (re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"\^\{(\w+)\}"), r"^\1"),
+    (re.compile(r"(?<=\d)[\s\\,;!~]*\\(?:text|mathrm|mbox)\{[^{}]*\}$"), ""),  # a unit
+    (re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"), r"\1"),
+)
 
 
 def final_answer(text: str) -> str:
     r"""Of a solution: what stands in the last \boxed{}, after the last ####, or the last number, else the last line."""
-    if boxed := re.findall(r"\\boxed\{([^{}]*)\}", text):
-        return _plain(boxed[-1])
+    if boxed := _BOXED.findall(text):
+        return _plain(boxed[-1][1:-1])
     if "####" in text:
         return _plain(text.rsplit("####", 1)[1])
-    if numbers := _NUMBER.findall(text):
-        return _plain(numbers[-1])
-    return _plain((text.strip().splitlines() or [""])[-1])
+    return _plain(_last_number(text) or (text.strip().splitlines() or [""])[-1])
+
+
+def _last_number(text: str) -> str:
+    """The last number, as the formula that it is a part of; "" where there is none."""
+    words = _without_latex(text).split()
+    for place in reversed(range(len(words))):
+        if numbers := _NUMBER.findall(words[place]):
+            before = words[place - 1].lstrip("$*") if place else ""
+            if "/" in numbers[-1] and before.isdigit():
+                return f"{before} {numbers[-1]}"
+            return words[place].rsplit("=", 1)[-1] if _FORMULA.search(words[place]) else str(numbers[-1])
+    return ""
+
+
+def _without_latex(text: str) -> str:
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def _plain(text: str) -> str:
     """Numbers that are equal become the same text."""
-    text = text.strip().strip("$.*").strip().lower()
-    if _NUMBER.fullmatch(text):
-        number = float(text.replace(",", ""))
-        return str(int(number)) if number.is_integer() else str(number)
-    return text
+    text = _without_latex(text.strip().lstrip("$* ").rstrip("$*. ")).lower()
+    if not _NUMBER.fullmatch(text):
+        return text
+    over, _, under = text.replace(",", "").partition("/")
+    return str(Fraction(over) / Fraction(under or 1))
 
 
 def same_answer(text: str, right: str) -> bool:

@@ -199,24 +199,11 @@ class Decontaminate(Step):
     )
 
     def run(self, rows: Iterator[Row], tools: Tools) -> Iterator[Outcome]:
-        from rapidfuzz.distance import LCSseq
-
-        from megatron_smol.curate.contamination import load_index, words_of
+        from megatron_smol.curate.contamination import load_index
 
         index = load_index(self.files, self.fields, self.ngram)
         for row in rows:
-            words = words_of(text_of(row))
-            found = next(
-                (
-                    (item, gram)
-                    for item, gram in index.hits(words)
-                    if not self.ratio or LCSseq.similarity(item.words, words) >= self.ratio * len(item.words)
-                ),
-                None,
-            )
-            if found is None:
+            if found := index.find(text_of(row), self.ratio):
+                yield Outcome(row | {"contamination": found}, found["benchmark"])
+            else:
                 yield Outcome(row)
-                continue
-            item, gram = found
-            about = {"benchmark": item.benchmark, "item": item.number, "ngram": " ".join(gram)}
-            yield Outcome(row | {"contamination": about}, item.benchmark)

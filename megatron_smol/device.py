@@ -1,0 +1,15 @@
+"""Where models run that megatron-core has no part in: those of curation, chat and evaluation.
+
+Imports torch only when asked. Training has its own rule, with more to say (model/backend.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def on_gpu() -> bool:
+    """Whether there is a GPU that SMOL_DEVICE=cpu does not forbid."""
+    import torch
+
+    return os.environ.get("SMOL_DEVICE") != "cpu" and torch.cuda.is_available()
