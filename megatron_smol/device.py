@@ -1,4 +1,4 @@
-"""Where models run that megatron-core has no part in: those of curation, chat and evaluation.
+"""Where models run that megatron-core has no part in (curation, SFT and DPO, evaluation), and the checks before training.
 
 Imports torch only when asked. Training has its own rule, with more to say (model/backend.py).
 """

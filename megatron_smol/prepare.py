@@ -11,6 +11,8 @@ import logging
 import os
 import warnings
 
+from megatron_smol.device import on_gpu
+
 
 def prepare_libraries() -> None:
     """Importing the package's modules without this gives the same results, slower and with warnings."""
@@ -21,7 +23,7 @@ def prepare_libraries() -> None:
 
     import torch
 
-    if torch.cuda.is_available() and os.environ.get("SMOL_DEVICE") != "cpu":
+    if on_gpu():
         return
     compile_, torch.compile = torch.compile, lambda model=None, **_: model  # type: ignore[assignment]
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import transformers
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 
+from megatron_smol.device import on_gpu
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.evals.results import FORMAT, Row
 from megatron_smol.evals.tasks import Question
@@ -81,7 +81,7 @@ class Harness:
 
     def __init__(self, folder: Path, name: str, settings: Settings) -> None:
         quiet()
-        cuda = torch.cuda.is_available() and os.environ.get("SMOL_DEVICE") != "cpu"
+        cuda = on_gpu()
         self.device = "cuda" if cuda else "cpu"
         self.batch_size = settings.batch_size or (GPU_BATCH if cuda else CPU_BATCH)
         self.settings = settings

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_smol.checkpoint.folder import COMPLETE
+from megatron_smol.device import on_gpu
 from megatron_smol.errors import EXIT_RESTART_ME, CheckpointError, RunError, UserError
 from megatron_smol.post.settings import Kind, accumulation, fill, read_tail
 from megatron_smol.post.template import load_chat_tokenizer, set_roles
@@ -58,10 +59,10 @@ def run_tail(request: Request, make_trainer: MakeTrainer) -> int:
     if request.data is not None:
         section = section.model_copy(update={"dataset": request.data})
     _import_libraries()
-    if not _on_gpu():
+    if not on_gpu():
         _keep_freed_memory()
     config = _read_config(request.model)
-    section, notes = fill(section, _parameters(config), config.max_position_embeddings, _on_gpu())
+    section, notes = fill(section, _parameters(config), config.max_position_embeddings, on_gpu())
     job = _Job(request, section, console)
     for note in notes:
         job.say(f"note: {note}")
@@ -81,7 +82,7 @@ class _Job:
         self.tokenizer = load_chat_tokenizer(request.model)
         self.accumulation = accumulation(section, int(os.environ.get("WORLD_SIZE", "1")))
         # The other ranks wait while the first one tokenizes, which may take longer than the 10 minutes of NCCL.
-        self.state = PartialState(cpu=not _on_gpu(), timeout=timedelta(hours=4))
+        self.state = PartialState(cpu=not on_gpu(), timeout=timedelta(hours=4))
         self.console = console if self.state.is_main_process else Console(quiet=True)
         self.output = Output(request.output)
 
@@ -179,7 +180,7 @@ class _Job:
 
     def _trainer_settings(self, evaluates: bool) -> dict[str, Any]:
         """Arguments that SFTConfig and DPOConfig have in common; theirs are added in sft.py and dpo.py."""
-        section, gpu = self.section, _on_gpu()
+        section, gpu = self.section, on_gpu()
         fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
         return {
             "output_dir": str(self.output.start),
@@ -324,12 +325,6 @@ def _parameters(config: Any) -> int:
 
     with torch.device("meta"):
         return int(transformers.AutoModelForCausalLM.from_config(config).num_parameters())
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and os.environ.get("SMOL_DEVICE") != "cpu"
 
 
 def _keep_freed_memory() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from megatron_smol.checkpoint.folder import list_checkpoints, unfinished_bytes
 from megatron_smol.data.files import write_whole
 from megatron_smol.data.source import load_source
+from megatron_smol.device import on_gpu
 from megatron_smol.errors import DiskError, UserError, leave
 from megatron_smol.recipe import estimate
 from megatron_smol.recipe.load import load_recipe
@@ -178,13 +179,13 @@ def sum_over_ranks() -> tuple[str, float]:
     import torch
 
     rank, ranks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    on_gpu = torch.cuda.is_available() and os.environ.get("SMOL_DEVICE") != "cpu"
-    device = torch.device("cuda", int(os.environ["SLURM_LOCALID"])) if on_gpu else torch.device("cpu")
+    has_gpu = on_gpu()
+    device = torch.device("cuda", int(os.environ["SLURM_LOCALID"])) if has_gpu else torch.device("cpu")
     try:
-        if on_gpu:
+        if has_gpu:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            "nccl" if has_gpu else "gloo",
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=GROUP_TIMEOUT_SECONDS),
@@ -195,7 +196,7 @@ def sum_over_ranks() -> tuple[str, float]:
         expected = ranks * (ranks + 1) / 2
         return ("ok" if found == expected else f"the sum is {found}, not {expected}"), clock
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", 0.0
+        return f"{type(error).__name__}: {str(error).partition("\n")[0][:200]}", 0.0
 
 
 def main() -> None:
