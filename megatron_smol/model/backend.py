@@ -116,8 +116,9 @@ def init_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
         torch.distributed.init_process_group(here.collectives, timeout=timeout)
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        words, _, _ = str(error).partition("\n")
         raise UserError(
-            f"the ranks could not meet at {address} ({str(error).splitlines()[0]}); "
+            f"the ranks could not meet at {address} ({words}); "
             "is the port taken by another job? choose another with torchrun --master-port or MASTER_PORT"
         ) from error
 

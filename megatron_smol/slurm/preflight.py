@@ -196,7 +196,8 @@ def sum_over_ranks() -> tuple[str, float]:
         expected = ranks * (ranks + 1) / 2
         return ("ok" if found == expected else f"the sum is {found}, not {expected}"), clock
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).partition("\n")[0][:200]}", 0.0
+        words, _, _ = str(error).partition("\n")
+        return f"{type(error).__name__}: {words[:200]}", 0.0
 
 
 def main() -> None:
