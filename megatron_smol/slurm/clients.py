@@ -72,9 +72,9 @@ def seconds_left(job_id: str) -> float:
 
 
 def most_automatic_requeues() -> int:
-    """How often Slurm itself requeues a job whose nodes it lost; it holds the job at the next one, until somebody
-    releases it (slurm.conf, SchedulerParameters, max_batch_requeue; 5 where it is not set)."""
-    found = re.search(r"max_batch_requeue=(\d+)", ask("scontrol", "show", "config"))
+    """How often Slurm itself requeues a job whose batch host was lost and came back; at the next time it holds the job, until
+    somebody releases it. 5, compiled in (seen with 22.05); later versions let slurm.conf say it (MaxBatchRequeue)."""
+    found = re.search(r"MaxBatchRequeue\s*=\s*(\d+)", ask("scontrol", "show", "config"))
     return int(found[1]) if found else 5
 
 

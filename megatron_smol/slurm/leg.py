@@ -168,8 +168,8 @@ class Leg:
             lost, most = legs.lost_legs(rows, self.job) + 1, clients.most_automatic_requeues()
             if lost >= most - 2:
                 reason += (
-                    f"; that was {lost} times, and Slurm holds the job at {most} until somebody gives `scontrol release "
-                    f"{self.job}` (an administrator can raise SchedulerParameters=max_batch_requeue)"
+                    f"; that was {lost} times, and Slurm may hold the job from {most} on, until somebody gives `scontrol "
+                    f"release {self.job}` (newer versions: an administrator can raise MaxBatchRequeue)"
                 )
         self.say(reason)
         self._alert("lost", reason, stands.name)

@@ -24,7 +24,7 @@ MpiDefault=none
 AccountingStorageType=accounting_storage/none
 SchedulerType=sched/backfill
 # Slurm holds a job that lost its nodes five times, which is little for weeks (docs/operations.md).
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,max_batch_requeue=1000
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal

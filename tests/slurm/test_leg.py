@@ -59,10 +59,10 @@ def test_who_is_requeued(
 def test_a_job_that_slurm_will_hold_is_told_in_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Slurm requeues a job that lost its nodes a few times only; what it prints is Slurm 22.05's own."""
-    settings = "SchedulerParameters     = bf_interval=1{more}\nSchedulerTimeSlice      = 30 sec"
+    """Slurm requeues a job that lost its nodes a few times only; the first text is Slurm 22.05's own."""
+    settings = "SchedulerParameters     = bf_interval=1\n{more}SchedulerTimeSlice      = 30 sec"
     leg = Leg([], None, "7", "7", restart=2, nodes=["n1"], needed=1, tasks_per_node=1)  # type: ignore[arg-type]
-    for more, losses, told in (("", 3, True), ("", 2, False), (",max_batch_requeue=1000", 3, False)):
+    for more, losses, told in (("", 3, True), ("", 2, False), ("MaxBatchRequeue         = 1000\n", 3, False)):
         text = settings.format(more=more)
         monkeypatch.setattr(clients, "ask", lambda *command, text=text: text)
         leg._after_a_loss([{"event": "start", "job": "7"}] * losses, Position(None, False))
