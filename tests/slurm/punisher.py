@@ -125,7 +125,7 @@ class Punisher:
         """For less than Slurm's node timeout, and nothing but the link is mended; or for longer, and the node comes back
         as a fenced one does, by a reboot. (Just linked again it would meet its own old step daemon, which tells its end
         for a minute: this cluster requeues after 5 s, real ones after 120.)"""
-        seconds = self.chance.choice([self.chance.uniform(2, 6), self.chance.uniform(20, 60)])
+        seconds = self.chance.choice([self.chance.uniform(2, 6), self.chance.uniform(30, 60)])
 
         def fence(node: int) -> None:
             self.user.cluster.cut_power(node)
