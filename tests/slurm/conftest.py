@@ -97,6 +97,13 @@ class User:
     def log(self, job: int) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"*-{job}*.log")))
 
+    def _last_said(self) -> str:
+        """The end of the logs of all jobs that this user submitted, and what Slurm says of those that it still knows."""
+        said = [f"{path.name}: ...{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log"))]
+        return "\n".join(
+            [*said, self.cluster.run("squeue"), self.cluster.run("sinfo", "-N", "-o", "%N %T %E")]
+        )
+
     def legs(self, event: str = "end") -> list[dict[str, Any]]:
         log = self.run / "legs.jsonl"
         return [row for row in last_rows(log, 1 << 30) if row["event"] == event]
@@ -118,7 +125,7 @@ class User:
     def until(self, ready: Any, what: str, seconds: float = 600) -> None:
         limit = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < limit, f"no {what} after {seconds} s; the log: {self.log(1)[-3000:]}"
+            assert time.monotonic() < limit, f"no {what} after {seconds} s; {self._last_said()}"
             time.sleep(0.05)
 
     def until_line(self, number: int, seconds: float = 600) -> None:
