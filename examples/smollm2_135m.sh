@@ -16,6 +16,7 @@
 #SBATCH --output=%x-%j.log
 # --signal: every rank saves five minutes before the time limit (Slurm looks every 30 s, so give a save a minute more
 #   than it takes) and leaves with code 75; the job then puts itself back into the queue. --requeue allows that.
+# --mem=0: all memory of the nodes; clusters that give memory by the core would leave some of it out.
 # --open-mode=append: all legs of a job write one log; without it each requeue would empty it.
 
 # --- site: change these, or set them in sbatch's environment ----------------------------------------------------

@@ -41,7 +41,6 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_smol.checkpoint.durable import DurableFile, without_crc32
 from megatron_smol.checkpoint.progress import progress
 from megatron_smol.checkpoint.safe import check_metadata
-from megatron_smol.checkpoint.saving import METADATA
 from megatron_smol.checkpoint.weights import Shape, Weight, map_name
 from megatron_smol.errors import CheckpointError
 from megatron_smol.model.emulated_fp8 import AMAX_HISTORY
@@ -175,7 +174,9 @@ def write_weights(
     with without_crc32():
         save({}, storage_writer=writer, planner=_OneByOne(weights, layers, dtype, read_next), no_dist=True)
     next(bar, None)  # lets the bar go
-    torch.save({"content_metadata": METADATA}, folder / COMMON_STATE_FNAME)
+    # Not saving.METADATA: megatron-core puts process groups into that one.
+    content = {"distrib_optim_sharding_type": "fully_reshardable"}
+    torch.save({"content_metadata": content}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     return files.described
 

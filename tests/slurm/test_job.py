@@ -96,7 +96,9 @@ def test_time_limit(
     job = user.submit(*asked, overrides=overrides, SPARES=spares, **inside)
     assert user.cluster.wait(job, seconds=1800)["JobState"] == "COMPLETED", user.log(job)[-3000:]
     legs, starts = user.legs(), user.legs("start")
-    assert [leg["action"] for leg in legs] == ["restart"] * (len(legs) - 1) + ["done"] and len(legs) >= 3, legs
+    assert [leg["action"] for leg in legs] == ["restart"] * (len(legs) - 1) + ["done"] and len(legs) >= 3, (
+        legs
+    )
     assert all(leg["attempt"] == 0 for leg in legs), "a spare does not help against the limit"
     assert [leg["progress"] for leg in legs[:-1]] == [leg["progress"] for leg in starts[1:]]
     assert unlimited.train(*shlex.split(overrides), ranks=2).returncode == 0
