@@ -39,8 +39,8 @@ def begin_save(
 ) -> Saving:
     """Copy this moment and start to write it as `final`; training may go on at once (see checkpoint/saving.py).
 
-    size_bytes: what it needs at most (recipe/estimate.py). One save at a time: the copies lie in `staging`, which the next one uses again. Raises CheckpointError on all
-    ranks alike (disk full, permissions, ...); then `final` is as it was before.
+    size_bytes: what it needs at most (recipe/estimate.py). One save at a time: the copies lie in `staging`, which the next
+    one uses again. Raises CheckpointError on all ranks alike (disk full, permissions, ...); then `final` is as it was before.
     """
     return Saving(lambda: _copied_state(engine, staging), final, state, size_bytes, on_published)
 

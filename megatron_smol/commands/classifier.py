@@ -64,9 +64,9 @@ def classifier(
     """
     from megatron_smol.curate.classifier import Settings, train
     from megatron_smol.curate.head import MOST
-    from megatron_smol.curate.parts import check_output
+    from megatron_smol.data.files import require_folder
 
-    check_output(output)
+    require_folder(output)
     texts, scores = _labelled(labels, text_key, score_key)
     settings = Settings(encoder=encoder, kind=kind, pooling=pooling, length=length)
     cut = threshold if threshold is not None else min(3, MOST[kind])

@@ -20,17 +20,11 @@ from numpy.typing import NDArray
 
 from megatron_smol.data.corpus import opened
 from megatron_smol.data.files import PARTIAL, flush_to_disk, partial_path, publish
-from megatron_smol.errors import DataError, UserError
+from megatron_smol.errors import DataError
 
 
 def part(folder: Path, rank: int) -> Path:
     return folder / f"{rank:05d}.jsonl.zst"
-
-
-def check_output(folder: Path) -> None:
-    """Before the work: UserError where the output is to be a folder and is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"the output {folder} is a file; give a folder")
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from megatron_smol.curate.duplicates import DropGrouped, Group, WriteKeys
 from megatron_smol.curate.epochs import reading
 from megatron_smol.curate.kept import Describe, FewDropped
 from megatron_smol.curate.local import Tasks
-from megatron_smol.curate.parts import ReadPart, WritePart, check_output
+from megatron_smol.curate.parts import ReadPart, WritePart
 from megatron_smol.curate.reading import ReadInputs
 from megatron_smol.curate.warc import WARC
-from megatron_smol.data.files import write_whole
+from megatron_smol.data.files import require_folder, write_whole
 from megatron_smol.data.inputs import InputFile, expand_inputs, hub_inputs, local_file
 from megatron_smol.errors import UserError
 
@@ -74,7 +74,7 @@ def curate(config: Curation, *, overwrite: bool = False) -> Path | None:
     """Run what is not done yet; returns the card, or None where Slurm does the work."""
     from megatron_smol.curate.card import speeds
 
-    check_output(config.output)
+    require_folder(config.output)
     files = input_files(config.inputs)
     layout = Layout(config.output.absolute())
     _claim(config, files, layout, overwrite)

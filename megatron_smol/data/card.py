@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
-from megatron_smol.data.files import write_whole
+from megatron_smol.data.files import require_folder, write_whole
 from megatron_smol.data.indexed import document_lengths, idx_path
 from megatron_smol.data.manifest import FOLDER_MANIFEST, Manifest, locate
 from megatron_smol.data.source import TokenSource, load_source, shard_files
@@ -91,8 +91,7 @@ def write_card(
 
 def _place(source: str | Path, output: Path | None) -> tuple[Path, str]:
     if output is not None:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"the output {output} is a file; give a folder")
+        require_folder(output)
         return output, "card"
     if is_remote(source):
         raise UserError(f"{source} is not a local folder: say where the card goes with --output")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megatron_smol.errors import NO_ROOM, DiskError
+from megatron_smol.errors import NO_ROOM, DiskError, UserError
 
 PARTIAL = ".partial"
 _READ_BYTES = 8 << 20
@@ -43,6 +43,12 @@ def explained_disk_errors(
             f"needed, {free:,} are free on that disk; free some space or choose another output, then run "
             f"the same command again"
         ) from error
+
+
+def require_folder(output: Path) -> None:
+    """Before the work: UserError where the output is to be a folder and is a file."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"the output {output} is a file; give a folder")
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

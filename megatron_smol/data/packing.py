@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smol import __version__
-from megatron_smol.data.files import PARTIAL, check_room, write_whole
+from megatron_smol.data.files import PARTIAL, check_room, require_folder, write_whole
 from megatron_smol.data.indexed import IndexedReader, IndexedWriter, TokenArray, document_lengths, idx_path
 from megatron_smol.data.manifest import FOLDER_MANIFEST, InputRecord, Manifest, ShardRecord, read_manifest
 from megatron_smol.data.source import TokenSource, load_source
@@ -175,8 +175,7 @@ def _require_packable(source: TokenSource, path: str | Path, length: int, output
         raise UserError(
             f"{path} is packed already (for {source.packed_length}); pack the source it was made from"
         )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
+    require_folder(output)
     return source.manifest
 
 

@@ -23,7 +23,7 @@ from megatron_smol.data import corpus
 from megatron_smol.data.assembly import Assembly, describe
 from megatron_smol.data.corpus import Block, Unit, cut_units, numbered
 from megatron_smol.data.encode import HashInput, Record, Settings, TokenizeBlock
-from megatron_smol.data.files import write_whole
+from megatron_smol.data.files import require_folder, write_whole
 from megatron_smol.data.inputs import InputFile, expand_inputs
 from megatron_smol.data.manifest import Manifest, read_manifest
 from megatron_smol.data.place import PLAN, Place, Share
@@ -73,6 +73,8 @@ def preprocess(
     one_thread_each()
     share = share or Share()
     files = expand_inputs(inputs)
+    if layout == "folder":
+        require_folder(Path(output))
     place = Place(Path(output), None) if layout == "folder" else Place.of_prefix(output)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)

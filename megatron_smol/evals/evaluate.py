@@ -106,7 +106,7 @@ def _wanted(target: Target, suite: Suite, question: Question, settings: Settings
 
 
 def _means(results: Path, known: list[Row], suite: Suite, rows: list[Row]) -> list[Row]:
-    """The suite's averages as rows of their own; the standard error takes the parts as independent, and is not known where one's is not."""
+    """The suite's averages as rows of their own; the standard error takes the parts as independent, unknown where one's is."""
     by_task, added = {row["task"]: row for row in rows}, []
     for name, parts in suite.means.items():
         members = [by_task[part] for part in parts]

@@ -89,7 +89,8 @@ class SdpaCoreAttention(MegatronModule):
 def documents_mask(documents: Tensor) -> Tensor:
     """Causal mask that also stops at document boundaries, from the number of each token's document, [b, s].
 
-    Returns [b, 1, s, s], True where query position i (row) may look at key position j (column). Rotary positions are relative, so inside a document nothing else needs resetting.
+    Returns [b, 1, s, s], True where query position i (row) may look at key position j (column). Rotary positions are
+    relative, so inside a document nothing else needs resetting.
     """
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)

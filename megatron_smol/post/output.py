@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smol.checkpoint.folder import COMPLETE, describe_files, fsync, sha256, verify_files
-from megatron_smol.data.files import write_whole
+from megatron_smol.data.files import require_folder, write_whole
 from megatron_smol.errors import CheckpointError, UserError
 from megatron_smol.train.lock import LOCK, RunLock, take_lock
 
@@ -46,8 +46,7 @@ class Output:
         asked: model, data and settings, as JSON can hold them. overwrite: replace what was made from others. UserError when it
         holds other work, or another job is at it.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; give a folder as --output")
+        require_folder(self.folder)
         before = self._asked_before()
         if before is None and _others(self.folder, WORK):
             raise UserError(f"{self.folder} holds other files; choose a new folder as --output")

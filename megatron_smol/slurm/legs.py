@@ -93,15 +93,11 @@ def lost_legs(rows: list[dict[str, Any]], job: str) -> int:
 def stopped_chain(rows: list[dict[str, Any]], chain: str, job: str) -> dict[str, Any] | None:
     """The end row of an array's earlier element after which a later one would find the same: no progress, the numbers, the
     data, the recipe. Not after a person's stop (71), which `touch RUN/stop` keeps up by itself."""
-    ends = [
-        row for row in rows if row.get("event") == "end" and row.get("chain") == chain and row["job"] != job
-    ]
-    last = ends[-1] if ends else None
-    return (
-        last
-        if last and last["action"] == "stop" and last.get("exit_code", EXIT_STOPPED) != EXIT_STOPPED
-        else None
-    )
+    own = [row for row in rows if row.get("event") == "end" and row.get("chain") == chain]
+    for row in [row for row in own if row["job"] != job][-1:]:
+        if row["action"] == "stop" and row.get("exit_code", EXIT_STOPPED) != EXIT_STOPPED:
+            return row
+    return None
 
 
 def futile_legs(

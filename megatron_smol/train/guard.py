@@ -140,7 +140,7 @@ class Guard(Hook):
         return self._decide(trainer, stage, finding)
 
     def _judge(self, result: StepResult) -> Finding | None:
-        """The first thing that is wrong. Every value of a step in which both are finite enters its window, whatever is decided."""
+        """The first thing that is wrong. The values enter their windows where both are finite, whatever is decided."""
         seen = {"loss": result.loss, "gradient norm": result.grad_norm}
         for name, value in seen.items():
             if not math.isfinite(value):

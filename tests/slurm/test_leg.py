@@ -79,6 +79,23 @@ def test_a_held_job(state: str, reason: str, held: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("element", "told"), [("19", "the next one goes on"), ("20", "submit another to go on")]
+)
+def test_an_element_of_an_array_leaves_it_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: list[Any],
+    element: str,
+    told: str,
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", element)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "20")
+    leg = Leg([], None, "7", "5", restart=0, nodes=["n1"], needed=1, tasks_per_node=1)  # type: ignore[arg-type]
+    leg._requeue()
+    assert told in capsys.readouterr().out and not asked
+
+
+@pytest.mark.parametrize(
     ("left", "in_place"),
     [
         ("15:01", True),

@@ -14,6 +14,8 @@ from megatron_smol.data.inspect import batch_of_step, read_rows
 from megatron_smol.data.ledger import Ledger
 from megatron_smol.recipe.load import load_recipe
 from megatron_smol.recipe.plan import make_plan, resolve_sizes
+from megatron_smol.train.guard import Guard
+from megatron_smol.train.pulse import COMPUTING, SAVING, Pulse
 from megatron_smol.train.spikes import Window
 from tests.tiny import TinyRun, rows, write_recipe
 from tests.train.faulty import Fault, errors, incidents, run, tensors
@@ -281,3 +283,19 @@ def test_a_stage_that_is_not_there_is_refused(tiny: TinyRun) -> None:
     assert "guard.skip_steps names stage 'too', which is not in the recipe; did you mean 'two'?" in errors(
         tiny
     )
+
+
+def test_a_stop_waits_for_the_save_under_way_as_long_as_saves_may_take(tiny: TinyRun) -> None:
+    """In a step's own time the watchdog would take the wait for a hang, and the reason to stop would not be told."""
+    pulse = Pulse()
+    pulse.mark(COMPUTING)
+
+    class Saving:
+        def finish_saving(self) -> None:
+            raise TimeoutError(pulse.phase)
+
+    trainer: Any = Saving()
+    trainer.pulse = pulse
+    guard = Guard(load_recipe(tiny.recipe))
+    with pytest.raises(TimeoutError, match=SAVING):
+        guard._stop(trainer, None, None, "", {})  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import signal
 import time
@@ -261,3 +262,11 @@ def test_the_verdict_may_take_longer_than_the_last_resort(
     with (tmp_path / "stacks").open("a") as watchdog._stacks:
         watchdog._alarm()
     assert armed
+
+
+def test_waiting_for_a_batch_is_part_of_the_step(tiny: TinyRun) -> None:
+    """Tokens/s of slow storage are not those of fast storage. (What is read ahead hides some steps of it.)"""
+    asleep = Fault("asleep", "two", 8, rank=0, value=3.0, place="reading a batch")
+    assert run(tiny, *SHORT, faults=(asleep,)) == [0, 0], errors(tiny)
+    seconds = [json.loads(line)["seconds"] for line in (tiny.run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(took > 1.4 for took in seconds) == 1, seconds

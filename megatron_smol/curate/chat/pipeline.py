@@ -28,8 +28,8 @@ from megatron_smol.curate.chat.config import ChatData, Part, Steps
 from megatron_smol.curate.chat.rows import Outcome, Row, Stage, check
 from megatron_smol.curate.chat.tools import Tools
 from megatron_smol.curate.endpoint import Endpoint
-from megatron_smol.curate.parts import check_output, written
-from megatron_smol.data.files import write_whole
+from megatron_smol.curate.parts import written
+from megatron_smol.data.files import require_folder, write_whole
 from megatron_smol.errors import DataError, UserError
 
 WORK, TRAIN, TEST, CARD = "work", "train.jsonl", "test.jsonl", "card.html"
@@ -39,7 +39,7 @@ _LINE_EVERY_SECONDS = 30.0
 def chat_data(config: ChatData, *, overwrite: bool = False) -> Path:
     """Make what is not made yet; returns the card."""
     output = config.output.absolute()
-    check_output(output)
+    require_folder(output)
     _claim(config, output, overwrite)
     with ExitStack() as stack:
         models = {
